@@ -1,0 +1,348 @@
+"""Which block of the arena holds which item: references, re-use, eviction and the cap. Owned by the engine core.
+
+An item's block is ALLOCATED when the first request that needs it is admitted, and DISPATCHED when a step that copies
+it went to the worker. Requests hold the items they need; `deliver` turns a request's hold into a lease, which the
+frontend ends. What nobody holds stays, up to `cache_bytes`, for a later request with the same item.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from harness.capture.transport import Arena, Block, Lease, SegmentId, Span, TransportError, footprint
+
+_REAP_SECONDS = 0.02
+
+
+class ItemTooLarge(TransportError):  # noqa: N818 - the state that it reports
+    """A request's items do not fit into the arena, not even alone."""
+
+
+class NotDispatched(TransportError):  # noqa: N818 - the state that it reports
+    """A request cannot be delivered yet: no step that copies all its items was sent to the worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One multimodal item's embeddings: (num_rows, width) of the torch dtype of that name.
+
+    `levels` tells the packed output with the deepstack levels from the rows cut to hidden_size.
+    """
+
+    identifier: str
+    levels: bool
+    num_rows: int
+    width: int
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return self.num_rows * self.width * getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The store now (upper part), and what happened since it was made (lower part). Bytes count whole blocks."""
+
+    held_bytes: int
+    cached_bytes: int
+    mapped_bytes: int
+    items: int
+    requests: int
+    leases: int
+
+    captured: int
+    hits: int
+    misses: int
+    evictions: int
+    waits: int
+    expired: int
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    item: Item
+    block: Block
+    dispatched: bool = False
+    holders: set[str | int] = field(default_factory=set)  # request ids (str) and generations of leases (int)
+
+    @property
+    def nbytes(self) -> int:
+        return footprint(self.block.nbytes)
+
+
+class EmbeddingStore:
+    """Thread-safe: a small thread reaps leases while there are any, so that an idle engine gives its memory back too.
+
+    Args:
+        arena: used by this store alone from now on.
+        cache_bytes: cap of the blocks that nobody holds, kept for re-use. 0 keeps none.
+    """
+
+    def __init__(self, arena: Arena, cache_bytes: int = 0) -> None:
+        self._arena = arena
+        self._cache_bytes = cache_bytes
+        self._lock = threading.Lock()
+        self._index: dict[Item, _Entry] = {}
+        self._cached: OrderedDict[Item, _Entry] = OrderedDict()  # indexed, held by nobody; least recently used first
+        self._cached_bytes = 0
+        self._num_entries = 0  # in the index or held
+        self._requests: dict[str, list[_Entry]] = {}  # in the request's item order, with repeats
+        self._leases: dict[int, tuple[Lease, list[_Entry]]] = {}
+        self._captured = self._hits = self._misses = self._evictions = self._waits = self._expired = 0
+        self._reaper: threading.Thread | None = None
+        self._closed = threading.Event()
+
+    def acquire(self, request_id: str, items: Sequence[Item]) -> bool:
+        """Takes hold of all items of a request, or of none and returns False: there is no room until others let go.
+
+        Items are in prompt order and may repeat. Nothing happens if the request has its items already.
+
+        Raises:
+            ItemTooLarge: there will never be room.
+        """
+        if not items:
+            raise ValueError("a request without items has nothing to acquire")
+        with self._lock:
+            if request_id in self._requests:
+                return True
+            distinct = list(dict.fromkeys(items))
+            total = sum(footprint(item.nbytes) for item in distinct)
+            if total > self._arena.capacity_bytes:
+                raise ItemTooLarge(
+                    f"the embeddings of request {request_id} take {total} bytes, more than the capture's cap of "
+                    f"{self._arena.capacity_bytes} bytes: raise the cap or send fewer items"
+                )
+            self._reap()
+            for item in distinct:
+                self._forget_if_failed(item)
+            found = [entry for item in distinct if (entry := self._index.get(item)) is not None]
+            missing = [item for item in distinct if item not in self._index]
+            evictable = self._cached_bytes - sum(entry.nbytes for entry in found if not entry.holders)
+            needed = sum(footprint(item.nbytes) for item in missing)
+            if self._arena.held_bytes - evictable + needed > self._arena.capacity_bytes:
+                self._waits += 1
+                return False
+            self._hits += len(found)
+            self._misses += len(missing)
+            for entry in found:
+                self._hold(entry, request_id)
+            for item in missing:
+                entry = self._index[item] = _Entry(item, self._allocate(item.nbytes))
+                self._num_entries += 1
+                self._hold(entry, request_id)
+            self._requests[request_id] = [self._index[item] for item in items]
+            return True
+
+    def holds(self, request_id: str) -> bool:
+        """Whether the request has its items and was not delivered or released since."""
+        with self._lock:
+            return request_id in self._requests
+
+    def is_dispatched(self, request_id: str, item: Item) -> bool:
+        """Whether a step that copies this item, which the request holds, was sent to the worker."""
+        with self._lock:
+            return self._entry(request_id, item).dispatched
+
+    def pending(self, request_id: str) -> list[Item]:
+        """The request's items that are not dispatched, in prompt order, without repeats."""
+        with self._lock:
+            entries = self._requests.get(request_id, [])
+            return list(dict.fromkeys(entry.item for entry in entries if not entry.dispatched))
+
+    def dispatch(self, request_id: str, item: Item) -> Block | None:
+        """The block to which the worker has to copy the item in the step being built; None if a step did before."""
+        with self._lock:
+            entry = self._entry(request_id, item)
+            if entry.dispatched:
+                return None
+            entry.dispatched = True
+            self._captured += 1
+            return entry.block
+
+    def deliver(self, request_id: str) -> dict[str, Any]:
+        """Turns the request's hold into a lease and returns the handle for transport.read, spans in item order.
+
+        Raises:
+            NotDispatched: an item of the request is not dispatched, or the request holds none.
+        """
+        with self._lock:
+            entries = self._requests.get(request_id)
+            if entries is None:
+                raise NotDispatched(f"request {request_id} holds no embeddings: acquire its items first")
+            if not all(entry.dispatched for entry in entries):
+                raise NotDispatched(f"request {request_id} has items that no step has copied: dispatch them first")
+            lease = self._arena.lease()
+            self._leases[lease.generation] = (lease, entries)
+            for entry in entries:
+                entry.holders.add(lease.generation)
+            self._release(request_id)
+            self._start_reaper()
+            spans = [Span(entry.block, entry.item.num_rows, entry.item.width, entry.item.dtype) for entry in entries]
+            return self._arena.handle(lease, spans)
+
+    def cancel(self, handle: dict[str, Any]) -> None:
+        """Ends the lease of a handle that nobody will read. Nothing happens if it has ended."""
+        _slot, generation = handle["lease"]
+        with self._lock:
+            if generation in self._leases:
+                lease, _entries = self._leases[generation]
+                self._arena.withdraw(lease)
+                self._end_lease(lease)
+
+    def release(self, request_id: str) -> None:
+        """Drops what the request holds (finish or abort). Nothing happens if it holds nothing; a lease is kept."""
+        with self._lock:
+            self._release(request_id)
+
+    def reap(self) -> None:
+        """Ends the leases that are done or expired, as the store's thread does every few milliseconds."""
+        with self._lock:
+            self._reap()
+
+    def reset(self) -> None:
+        """Forgets all items, because the weights changed. What requests and leases hold stays theirs alone."""
+        with self._lock:
+            self._index.clear()
+            while self._cached:
+                self._free(self._pop_cached(next(iter(self._cached))))
+
+    def take_given_back(self) -> list[SegmentId]:
+        """The segments that the arena gave back since the last call: send them to Writer.drop with the next step."""
+        with self._lock:
+            return self._arena.take_given_back()
+
+    def stats(self) -> Stats:
+        """A snapshot."""
+        with self._lock:
+            return Stats(
+                held_bytes=self._arena.held_bytes,
+                cached_bytes=self._cached_bytes,
+                mapped_bytes=self._arena.mapped_bytes,
+                items=self._num_entries,
+                requests=len(self._requests),
+                leases=len(self._leases),
+                captured=self._captured,
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+                waits=self._waits,
+                expired=self._expired,
+            )
+
+    def close(self) -> None:
+        """Ends everything and closes the arena. Readers get BlockGone."""
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
+            self._index.clear()
+            self._cached.clear()
+            self._requests.clear()
+            self._leases.clear()
+            self._cached_bytes = self._num_entries = 0
+            self._arena.close()
+            reaper = self._reaper
+        if reaper is not None:
+            reaper.join()
+
+    # Below: with the lock held.
+
+    def _entry(self, request_id: str, item: Item) -> _Entry:
+        # Not from the index: after a reset it may have another entry of this item, for later requests.
+        for entry in self._requests.get(request_id, []):
+            if entry.item == item:
+                return entry
+        raise KeyError(f"request {request_id} does not hold item {item.identifier}")
+
+    def _allocate(self, nbytes: int) -> Block:
+        """A block; acquire() made sure that there is room once the cache is empty."""
+        while (block := self._arena.allocate(nbytes)) is None:
+            if not self._cached:
+                block = self._arena.allocate(nbytes, fragmented=True)
+                assert block is not None
+                break
+            self._evict()
+        return block
+
+    def _hold(self, entry: _Entry, request_id: str) -> None:
+        if entry.item in self._cached:  # the same entry: what is cached is indexed
+            self._pop_cached(entry.item)
+        entry.holders.add(request_id)
+
+    def _drop(self, entry: _Entry, holder: str | int) -> None:
+        if holder not in entry.holders:  # an item that occurs again in its request
+            return
+        entry.holders.remove(holder)
+        if entry.holders:
+            return
+        if self._index.get(entry.item) is not entry:  # forgotten by a reset
+            self._free(entry)
+        elif not entry.dispatched or entry.nbytes > self._cache_bytes:
+            del self._index[entry.item]
+            self._free(entry)
+        else:
+            self._cached[entry.item] = entry
+            self._cached_bytes += entry.nbytes
+            while self._cached_bytes > self._cache_bytes:
+                self._evict()
+
+    def _evict(self) -> None:
+        entry = self._pop_cached(next(iter(self._cached)))
+        del self._index[entry.item]
+        self._free(entry)
+        self._evictions += 1
+
+    def _pop_cached(self, item: Item) -> _Entry:
+        entry = self._cached.pop(item)
+        self._cached_bytes -= entry.nbytes
+        return entry
+
+    def _free(self, entry: _Entry) -> None:
+        self._num_entries -= 1
+        self._arena.free(entry.block)
+
+    def _forget_if_failed(self, item: Item) -> None:
+        # The worker sends no message back, but its stamp is there to read.
+        entry = self._index.get(item)
+        if entry is not None and entry.dispatched and self._arena.failed(entry.block):
+            del self._index[item]
+            if not entry.holders:
+                self._free(self._pop_cached(item))
+
+    def _release(self, request_id: str) -> None:
+        for entry in self._requests.pop(request_id, []):
+            self._drop(entry, request_id)
+
+    def _end_lease(self, lease: Lease) -> None:
+        _lease, entries = self._leases.pop(lease.generation)
+        for entry in entries:
+            self._drop(entry, lease.generation)
+
+    def _reap(self) -> None:
+        done, expired = self._arena.reap()
+        for lease in done + expired:
+            self._end_lease(lease)
+        self._expired += len(expired)
+
+    def _start_reaper(self) -> None:
+        if self._reaper is None:
+            self._reaper = threading.Thread(target=self._keep_reaping, name="mm-embedding-reaper", daemon=True)
+            self._reaper.start()
+
+    def _keep_reaping(self) -> None:
+        while not self._closed.wait(_REAP_SECONDS):
+            with self._lock:
+                if self._closed.is_set():
+                    return
+                self._reap()
+                if not self._leases:
+                    self._reaper = None
+                    return

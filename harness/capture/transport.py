@@ -1,0 +1,632 @@
+"""Shared memory between the engine core (owner), the worker (writer) and the frontend (reader).
+
+The owner allocates *blocks* in memfd segments and grants *leases* on them. The writer copies rows into a block and then
+stamps the block's header with its generation. The reader waits for the stamps, copies the rows out, checks that its
+lease was alive all the while, and marks the lease as done in the ledger, one more memfd. Nothing is sent back.
+
+The segments have no name in any file system: other processes of the same user open them through /proc/<pid>/fd, and
+the kernel frees them when the processes are gone, however they ended.
+
+Why a reader never sees foreign bytes: a block is freed only after its leases are done or expired; the owner withdraws
+an expired lease in the ledger *before* it frees the block; and the reader looks at the ledger after its copy. The
+header tells when the data is there. A header may hold anything before its stamp (another block's data was there);
+generations start at a random number, so that no data looks like a stamp.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+HEADER_BYTES = 64
+"""Bytes before a block's data; the first eight are the stamp. Also the alignment of the data."""
+
+_WORD = 8
+_SLOT_BYTES = 2 * _WORD  # of the ledger: the word that the owner writes, the word that the reader writes
+_FAILED = 1 << 62  # set in a stamp: the writer has no data for this generation. Generations stay below it.
+
+
+class TransportError(RuntimeError):
+    """The rows cannot be had through the shared memory; the base of all errors of this module."""
+
+
+class BlockGone(TransportError):  # noqa: N818 - the state that it reports
+    """The memory is not the reader's any more: the owner ended, or the lease expired, was cancelled or read before."""
+
+
+class TransportTimeout(TransportError):  # noqa: N818 - the state that it reports
+    """The writer did not stamp a block in time."""
+
+
+class CaptureFailed(TransportError):  # noqa: N818 - the state that it reports
+    """The writer stamped that it has no data for the block."""
+
+
+class SegmentId(NamedTuple):
+    """A memfd of the owner. The inode tells it from a later file that got the same descriptor."""
+
+    fd: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """What another process needs to open the owner's segments; picklable.
+
+    `started` (clock ticks since boot, field 22 of /proc/<pid>/stat) tells the owner from a later process of the same
+    pid. All memfds lie on one kernel-internal `device`.
+    """
+
+    pid: int
+    started: int
+    device: int
+    ledger: SegmentId
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """`nbytes` of data behind a header of HEADER_BYTES at `offset` of a segment; picklable."""
+
+    segment: SegmentId
+    offset: int
+    nbytes: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows in a block, as the reader gets them: shape (num_rows, width) of the torch dtype of that name."""
+
+    block: Block
+    num_rows: int
+    width: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A reader's hold on blocks, until it is done or `deadline` (time.monotonic) has passed."""
+
+    slot: int
+    generation: int
+    deadline: float
+
+
+def footprint(nbytes: int) -> int:
+    """Bytes that a block of `nbytes` data takes in an arena: header and alignment included."""
+    return HEADER_BYTES + _round_up(nbytes, HEADER_BYTES)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _memfd(name: str, nbytes: int) -> SegmentId:
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.fchmod(fd, 0o600)
+    os.ftruncate(fd, nbytes)
+    return SegmentId(fd, os.fstat(fd).st_ino)
+
+
+def _read_word(fd: int, offset: int) -> int:
+    return int.from_bytes(os.pread(fd, _WORD, offset), "little")
+
+
+def _write_word(fd: int, offset: int, value: int) -> None:
+    os.pwrite(fd, value.to_bytes(_WORD, "little"), offset)
+
+
+def _process_start(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot; None if it has ended (a zombie has)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+    return None if fields[0] in "ZXx" else int(fields[19])
+
+
+# --- owner -----------------------------------------------------------------------------------------------------------
+
+
+class _Segment:
+    """One memfd and its free extents: sorted, disjoint and never adjacent (start, stop)."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.id = _memfd("vllm-mm-embedding", nbytes)
+        self.nbytes = nbytes
+        self.free = [(0, nbytes)]
+
+    @property
+    def is_empty(self) -> bool:
+        return self.free == [(0, self.nbytes)]
+
+    def take(self, nbytes: int) -> int | None:
+        for index, (start, stop) in enumerate(self.free):
+            if stop - start >= nbytes:
+                self.free[index : index + 1] = [(start + nbytes, stop)] if start + nbytes < stop else []
+                return start
+        return None
+
+    def give(self, start: int, stop: int) -> None:
+        index = next((i for i, extent in enumerate(self.free) if extent[0] > start), len(self.free))
+        if index < len(self.free) and self.free[index][0] == stop:
+            stop = self.free.pop(index)[1]
+        if index > 0 and self.free[index - 1][1] == start:
+            index -= 1
+            start = self.free.pop(index)[0]
+        self.free.insert(index, (start, stop))
+
+    def close(self) -> None:
+        # A process that still maps the segment would keep its pages. Punched out, they go now; a late copy of the
+        # writer finds zeros there instead of a signal, which it would after a truncation.
+        with mmap.mmap(self.id.fd, self.nbytes) as pages:
+            pages.madvise(mmap.MADV_REMOVE)
+        os.close(self.id.fd)
+
+
+class Arena:
+    """Owner side: blocks in memfd segments, and the ledger of leases. Not thread-safe.
+
+    Args:
+        capacity_bytes: cap of the blocks' footprints together.
+        segment_bytes: size of a segment; a larger block gets a segment of its own.
+        lease_seconds: a lease that is not done by then has expired (its reader died).
+    """
+
+    def __init__(self, capacity_bytes: int, segment_bytes: int = 64 << 20, lease_seconds: float = 120.0) -> None:
+        if capacity_bytes <= 0 or segment_bytes <= 0 or lease_seconds <= 0:
+            raise ValueError("capacity_bytes, segment_bytes and lease_seconds must be positive")
+        self.capacity_bytes = capacity_bytes
+        self._segment_bytes = _round_up(segment_bytes, mmap.PAGESIZE)
+        self._lease_seconds = lease_seconds
+        self._segments: dict[SegmentId, _Segment] = {}  # oldest first: filled first, so that the newest drain
+        self._blocks: dict[int, Block] = {}
+        self._given_back: list[SegmentId] = []
+        self._next_generation = 1 + secrets.randbits(61)
+        self._leases: dict[int, Lease] = {}
+        self._free_slots: list[int] = []
+        self._num_slots = 0
+        self.held_bytes = 0
+        self._closed = False
+        ledger = _memfd("vllm-mm-embedding-ledger", 0)
+        started = _process_start(os.getpid())
+        assert started is not None
+        self.address = Address(os.getpid(), started, os.fstat(ledger.fd).st_dev, ledger)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Size of all segments. Above the cap only while fragments of blocks in use force it."""
+        return sum(segment.nbytes for segment in self._segments.values())
+
+    def allocate(self, nbytes: int, *, fragmented: bool = False) -> Block | None:
+        """A block for `nbytes` of data, or None if there is no room below the cap now.
+
+        Free bytes may lie in pieces too small for the block. A new segment for it may then exceed the cap of the mapped
+        bytes, which happens only if `fragmented` allows it.
+        """
+        needed = footprint(nbytes)
+        if self.held_bytes + needed > self.capacity_bytes:
+            return None
+        for segment in self._segments.values():
+            if (offset := segment.take(needed)) is not None:
+                break
+        else:
+            spare = next((segment for segment in self._segments.values() if segment.is_empty), None)
+            if spare is not None:  # too small for this block
+                self._give_back(spare)
+            room = self.capacity_bytes - self.mapped_bytes
+            if needed > room and not fragmented:
+                return None
+            segment = _Segment(_round_up(max(needed, min(self._segment_bytes, room)), mmap.PAGESIZE))
+            self._segments[segment.id] = segment
+            offset = segment.take(needed)
+            assert offset is not None
+        block = Block(segment.id, offset, nbytes, self._generation())
+        self._blocks[block.generation] = block
+        self.held_bytes += needed
+        return block
+
+    def free(self, block: Block) -> None:
+        """Takes a block back; at most one segment that holds no block is kept for later.
+
+        An older copy to these bytes may still be queued on the writer's stream when they get a new block. The copies of
+        one writer run in order and each stamp follows its data, so that whoever waits for the new generation's stamp
+        gets the new data.
+        """
+        del self._blocks[block.generation]  # KeyError: freed before
+        _write_word(block.segment.fd, block.offset, 0)
+        segment = self._segments[block.segment]
+        needed = footprint(block.nbytes)
+        segment.give(block.offset, block.offset + needed)
+        self.held_bytes -= needed
+        if segment.is_empty:
+            spares = sum(other.is_empty for other in self._segments.values()) - 1
+            if spares or segment.nbytes > self._segment_bytes or self.mapped_bytes > self.capacity_bytes:
+                self._give_back(segment)
+
+    def failed(self, block: Block) -> bool:
+        """Whether the writer stamped that it has no data for this block."""
+        return _read_word(block.segment.fd, block.offset) == block.generation | _FAILED
+
+    def take_given_back(self) -> list[SegmentId]:
+        """The segments given back since the last call, for Writer.drop."""
+        given_back, self._given_back = self._given_back, []
+        return given_back
+
+    def lease(self) -> Lease:
+        """Grants a lease; the caller keeps the blocks that it covers until reap() returns it."""
+        if self._free_slots:
+            slot = self._free_slots.pop()
+        else:
+            slot, self._num_slots = self._num_slots, self._num_slots + 1
+        lease = Lease(slot, self._generation(), time.monotonic() + self._lease_seconds)
+        os.pwrite(self.address.ledger.fd, lease.generation.to_bytes(_WORD, "little") + bytes(_WORD), slot * _SLOT_BYTES)
+        self._leases[lease.generation] = lease
+        return lease
+
+    def handle(self, lease: Lease, spans: Sequence[Span]) -> dict[str, Any]:
+        """What read() takes: a dict of integers, strings and lists."""
+        address = self.address
+        return {
+            "owner": [address.pid, address.started, address.device, *address.ledger],
+            "lease": [lease.slot, lease.generation],
+            "spans": [
+                [*s.block.segment, s.block.offset, s.block.nbytes, s.block.generation, s.num_rows, s.width, s.dtype]
+                for s in spans
+            ],
+        }
+
+    def withdraw(self, lease: Lease) -> None:
+        """Ends a lease: from now on its reader gets BlockGone. Nothing happens if it has ended before."""
+        if self._leases.pop(lease.generation, None) is not None:
+            _write_word(self.address.ledger.fd, lease.slot * _SLOT_BYTES, 0)
+            self._free_slots.append(lease.slot)
+
+    def reap(self) -> tuple[list[Lease], list[Lease]]:
+        """Ends the leases that are done and those that have expired, and returns both lists."""
+        if not self._leases:
+            return [], []
+        words = memoryview(os.pread(self.address.ledger.fd, self._num_slots * _SLOT_BYTES, 0)).cast("Q")
+        now = time.monotonic()
+        done = [lease for lease in self._leases.values() if words[2 * lease.slot + 1] == lease.generation]
+        for lease in done:
+            self.withdraw(lease)
+        expired = [lease for lease in self._leases.values() if lease.deadline <= now]
+        for lease in expired:
+            self.withdraw(lease)
+        return done, expired
+
+    def close(self) -> None:
+        """Withdraws all leases and gives all memory back, also that which a process still maps."""
+        if self._closed:
+            return
+        self._closed = True
+        for lease in list(self._leases.values()):
+            self.withdraw(lease)
+        for segment in list(self._segments.values()):
+            self._give_back(segment)
+        self._blocks.clear()
+        self.held_bytes = 0
+        os.close(self.address.ledger.fd)
+
+    def _generation(self) -> int:
+        self._next_generation += 1
+        return self._next_generation
+
+    def _give_back(self, segment: _Segment) -> None:
+        del self._segments[segment.id]
+        self._given_back.append(segment.id)
+        segment.close()
+
+
+# --- another process's memory ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(address: Address, segment: SegmentId, flags: int) -> Iterator[int]:
+    """A descriptor of the owner's segment.
+
+    Raises:
+        BlockGone: the owner ended, or its descriptor is another file now.
+        TransportError: this process may not open it.
+    """
+    path = Path(f"/proc/{address.pid}/fd/{segment.fd}")
+    expected = (address.device, segment.inode)
+    try:
+        stat = path.stat()
+        if (stat.st_dev, stat.st_ino) != expected:  # before the open, which can have effects on a foreign file
+            raise FileNotFoundError
+        fd = os.open(path, flags | os.O_CLOEXEC)
+    except PermissionError as error:
+        if _process_start(address.pid) != address.started:
+            raise _owner_gone(address) from error
+        raise TransportError(
+            f"cannot open the shared memory of process {address.pid}: run all processes of vLLM as the same user"
+        ) from error
+    except OSError as error:
+        raise _owner_gone(address) from error
+    try:
+        stat = os.fstat(fd)
+        if (stat.st_dev, stat.st_ino) != expected:
+            raise _owner_gone(address)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _owner_gone(address: Address) -> BlockGone:
+    return BlockGone(
+        f"the embeddings are gone, because process {address.pid} (vLLM's engine core) ended or gave the memory back: "
+        "send the request again"
+    )
+
+
+# --- writer ----------------------------------------------------------------------------------------------------------
+
+
+class _Copy(NamedTuple):
+    """One step of a batch: bytes of `source` to `data` if there is a source, then `stamp` to `header`."""
+
+    data: Tensor  # uint8, (nbytes,)
+    header: Tensor  # int64, (1,)
+    stamp: int
+    source: Tensor | None
+
+
+class _Copier(Protocol):
+    def attach(self, pages: Tensor) -> None: ...
+
+    def detach(self, pages: Tensor) -> None: ...
+
+    def copy(self, batch: Sequence[_Copy]) -> None: ...
+
+
+def _as(data: Tensor, source: Tensor) -> Tensor:
+    return data.view(source.dtype).view(source.shape)
+
+
+class _HostCopier:
+    """Copies at once, from any device."""
+
+    def attach(self, pages: Tensor) -> None:
+        pass
+
+    def detach(self, pages: Tensor) -> None:
+        pass
+
+    def copy(self, batch: Sequence[_Copy]) -> None:
+        for data, header, stamp, source in batch:
+            if source is not None:
+                _as(data, source).copy_(source)
+            header.fill_(stamp)
+
+
+class _CudaCopier:
+    """Copies on a side stream into registered (page-locked) memory; never waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._detached: list[tuple[torch.cuda.Event, Tensor]] = []
+
+    def attach(self, pages: Tensor) -> None:
+        result = torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0)
+        if result.value != 0:
+            raise TransportError(f"cudaHostRegister of {pages.nbytes} bytes failed ({result}): lower the capture's cap")
+
+    def detach(self, pages: Tensor) -> None:
+        self._detached.append((self._stream.record_event(), pages))
+        self._unregister_idle()
+
+    def copy(self, batch: Sequence[_Copy]) -> None:
+        self._unregister_idle()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for data, header, stamp, source in batch:
+                if source is not None:
+                    source = source.to(self._device, non_blocking=True)
+                    source.record_stream(self._stream)
+                    _as(data, source).copy_(source, non_blocking=True)
+                # The stamp takes the same way as the data and so arrives after it. torch.full is a kernel launch;
+                # torch.tensor would wait for the device.
+                value = torch.full((1,), stamp, dtype=torch.int64, device=self._device)
+                header.copy_(value, non_blocking=True)
+
+    def _unregister_idle(self) -> None:
+        waiting = []
+        for event, pages in self._detached:
+            if event.query():
+                torch.cuda.cudart().cudaHostUnregister(pages.data_ptr())
+            else:
+                waiting.append((event, pages))
+        self._detached = waiting
+
+
+class Writer:
+    """Worker side: copies tensors into blocks. Maps a segment at its first use and keeps it until drop().
+
+    Args:
+        address: the owner's.
+        device: where the tensors are. On CUDA all copies are asynchronous, ordered after the current stream.
+    """
+
+    def __init__(self, address: Address, device: torch.device | str = "cpu") -> None:
+        device = torch.device(device)
+        self._address = address
+        self._copier: _Copier = _CudaCopier(device) if device.type == "cuda" else _HostCopier()
+        self._segments: dict[SegmentId, Tensor] = {}
+
+    def view(self, block: Block) -> Tensor:
+        """The block's data: uint8, (nbytes,), shared with the other processes.
+
+        Raises:
+            BlockGone: the owner gave the segment back, or ended.
+        """
+        start = block.offset + HEADER_BYTES
+        return self._pages(block.segment)[start : start + block.nbytes]
+
+    def write(self, block: Block, tensor: Tensor) -> None:
+        """write_many() of one."""
+        self.write_many([(block, tensor)])
+
+    def write_many(self, copies: Iterable[tuple[Block, Tensor]]) -> None:
+        """Copies each tensor to its block and stamps it. The bytes of both must be equally many.
+
+        A block whose segment was given back is left out: its request was aborted, nobody waits for it.
+        """
+        batch = []
+        for block, tensor in copies:
+            if tensor.nbytes != block.nbytes:
+                raise ValueError(f"a tensor of {tensor.nbytes} bytes does not fill a block of {block.nbytes}")
+            batch += self._prepare(block, block.generation, tensor.detach())
+        self._copier.copy(batch)
+
+    def fail(self, block: Block) -> None:
+        """Stamps that there is no data for the block: its reader gets CaptureFailed."""
+        self._copier.copy(self._prepare(block, block.generation | _FAILED, None))
+
+    def drop(self, segments: Iterable[SegmentId]) -> None:
+        """Unmaps segments that the owner gave back, after the copies that are under way."""
+        for segment in segments:
+            if (pages := self._segments.pop(segment, None)) is not None:
+                self._copier.detach(pages)
+
+    def close(self) -> None:
+        """Unmaps everything."""
+        self.drop(list(self._segments))
+
+    def _prepare(self, block: Block, stamp: int, source: Tensor | None) -> list[_Copy]:
+        try:
+            data = self.view(block)
+        except BlockGone:
+            return []
+        header = self._pages(block.segment)[block.offset : block.offset + _WORD].view(torch.int64)
+        return [_Copy(data, header, stamp, source)]
+
+    def _pages(self, segment: SegmentId) -> Tensor:
+        if (pages := self._segments.get(segment)) is None:
+            with _opened(self._address, segment, os.O_RDWR) as fd:
+                # The tensor alone holds the mapping, which goes with it.
+                pages = torch.frombuffer(mmap.mmap(fd, os.fstat(fd).st_size), dtype=torch.uint8)
+            self._copier.attach(pages)
+            self._segments[segment] = pages
+        return pages
+
+
+# --- reader ----------------------------------------------------------------------------------------------------------
+
+
+def read(handle: dict[str, Any], timeout: float = 60.0) -> Tensor:
+    """Copies the rows of a lease out and ends the lease, also on an error. To be called once, from any thread.
+
+    Args:
+        handle: from Arena.handle, as it is or decoded from msgpack.
+        timeout: seconds to wait for the writer's stamps.
+
+    Returns:
+        A CPU tensor (sum of the spans' rows, width), contiguous, in memory of its own.
+
+    Raises:
+        BlockGone: the owner ended, or the lease expired, was cancelled or read before.
+        TransportTimeout: a block was not stamped in time.
+        CaptureFailed: the writer has no data for a block.
+        TransportError: this process may not open the memory.
+    """
+    address, spans = _decode(handle)
+    width, dtype = spans[0].width, spans[0].dtype
+    if any((span.width, span.dtype) != (width, dtype) for span in spans):
+        raise ValueError("the spans of one lease must have one width and dtype")
+    deadline = time.monotonic() + timeout
+    with _open_lease(address, handle) as is_alive:
+        rows = torch.empty((sum(span.num_rows for span in spans), width), dtype=getattr(torch, dtype))
+        into = rows.view(-1).view(torch.uint8).numpy().data
+        for span in spans:
+            with _opened(address, span.block.segment, os.O_RDONLY) as fd:
+                _wait(fd, span.block, address, is_alive, deadline)
+                _read_into(fd, into[: span.block.nbytes], span.block.offset + HEADER_BYTES)
+                if _read_word(fd, span.block.offset) != span.block.generation:
+                    raise _lease_gone()
+            into = into[span.block.nbytes :]
+        # Alive after the copies, so alive during them: no block was freed.
+        if not is_alive():
+            raise _lease_gone()
+    return rows
+
+
+def discard(handle: dict[str, Any]) -> None:
+    """Ends a lease without reading it (its request was aborted). Nothing happens if it or its owner has ended."""
+    try:
+        with _open_lease(_decode(handle)[0], handle):
+            pass
+    except BlockGone:
+        pass
+
+
+def _decode(handle: dict[str, Any]) -> tuple[Address, list[Span]]:
+    pid, started, device, *ledger = handle["owner"]
+    spans = [
+        Span(Block(SegmentId(fd, inode), offset, nbytes, generation), num_rows, width, dtype)
+        for fd, inode, offset, nbytes, generation, num_rows, width, dtype in handle["spans"]
+    ]
+    return Address(pid, started, device, SegmentId(*ledger)), spans
+
+
+@contextmanager
+def _open_lease(address: Address, handle: dict[str, Any]) -> Iterator[Callable[[], bool]]:
+    """Tells whether the lease is alive, and marks it as done at the end."""
+    slot, generation = handle["lease"]
+    with _opened(address, address.ledger, os.O_RDWR) as ledger:
+
+        def is_alive() -> bool:
+            return _read_word(ledger, slot * _SLOT_BYTES) == generation
+
+        if not is_alive():
+            raise _lease_gone()
+        try:
+            yield is_alive
+        finally:
+            if is_alive():  # otherwise the slot may be another lease's
+                _write_word(ledger, slot * _SLOT_BYTES + _WORD, generation)
+
+
+def _wait(fd: int, block: Block, address: Address, is_alive: Callable[[], bool], deadline: float) -> None:
+    pause = 50e-6
+    while (stamp := _read_word(fd, block.offset)) != block.generation:
+        if stamp == block.generation | _FAILED:
+            raise CaptureFailed("the worker found no embeddings for an item of this request: send the request again")
+        if not is_alive():
+            raise _lease_gone()
+        if _process_start(address.pid) != address.started:
+            raise _owner_gone(address)
+        if time.monotonic() >= deadline:
+            raise TransportTimeout(
+                "the worker did not deliver the embeddings in time: look for its error in the log, or raise the timeout"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 2e-3)
+
+
+def _read_into(fd: int, into: memoryview, offset: int) -> None:
+    """Copies without the GIL and without a mapping, which would keep pages that the owner gives back."""
+    while into:
+        count = os.preadv(fd, [into], offset)
+        if count == 0:
+            raise _lease_gone()
+        into, offset = into[count:], offset + count
+
+
+def _lease_gone() -> BlockGone:
+    return BlockGone(
+        "the embeddings are gone, because their lease expired, was cancelled or was read before: send the request again"
+    )
