@@ -349,7 +349,7 @@ def _opened(address: Address, segment: SegmentId, flags: int) -> Iterator[int]:
             raise FileNotFoundError
         fd = os.open(path, flags | os.O_CLOEXEC)
     except PermissionError as error:
-        if _process_start(address.pid) != address.started:
+        if not _lives(address):
             raise _owner_gone(address) from error
         raise TransportError(
             f"cannot open the shared memory of process {address.pid}: run all processes of vLLM as the same user"
@@ -358,11 +358,15 @@ def _opened(address: Address, segment: SegmentId, flags: int) -> Iterator[int]:
         raise _owner_gone(address) from error
     try:
         stat = os.fstat(fd)
-        if (stat.st_dev, stat.st_ino) != expected:
+        if (stat.st_dev, stat.st_ino) != expected or not _lives(address):
             raise _owner_gone(address)
         yield fd
     finally:
         os.close(fd)
+
+
+def _lives(address: Address) -> bool:
+    return _process_start(address.pid) == address.started
 
 
 def _owner_gone(address: Address) -> BlockGone:
@@ -607,7 +611,7 @@ def _wait(fd: int, block: Block, address: Address, is_alive: Callable[[], bool],
             raise CaptureFailed("the worker found no embeddings for an item of this request: send the request again")
         if not is_alive():
             raise _lease_gone()
-        if _process_start(address.pid) != address.started:
+        if not _lives(address):
             raise _owner_gone(address)
         if time.monotonic() >= deadline:
             raise TransportTimeout(

@@ -1,0 +1,115 @@
+"""The edge to vLLM: an encoder-cache connector that loads and saves nothing and captures what passes by.
+
+vLLM makes one for the scheduler and one for each worker. It is used as a consumer: a producer's language model is
+turned off, and `ec_both` runs a dummy encode at start-up.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import ECTransferConfig
+from vllm.distributed.ec_transfer import ensure_ec_transfer_shutdown, get_ec_transfer, has_ec_transfer
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorMetadata, ECConnectorRole
+
+from harness.capture.scheduler import SchedulerCapture, StepPlan
+from harness.capture.settings import CONNECTOR, CaptureSettings
+from harness.capture.worker import WorkerCapture
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.executor import Executor
+    from vllm.v1.request import Request
+
+
+class MMEmbeddingConnector(ECConnectorBase):
+    """See the module. `capture` is the half of this process's role."""
+
+    def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
+        super().__init__(vllm_config, role)
+        self._requests: dict[str, Request] = {}
+        self._encoder_cache: dict[str, torch.Tensor] = {}
+        self.capture: Any = SchedulerCapture.of(vllm_config) if role is ECConnectorRole.SCHEDULER else WorkerCapture()
+
+    def shutdown(self) -> None:
+        self.capture.close()
+
+    # Worker.
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
+        self._encoder_cache = encoder_cache
+
+    def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
+        pass  # called for new items only; the step's end sees all that the step uses
+
+    def build_connector_worker_meta(self) -> None:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepPlan)
+        self.capture.copy(metadata, self._encoder_cache)
+
+    # Scheduler.
+
+    def has_cache_item(self, identifier: str) -> bool:
+        return False
+
+    def update_state_after_alloc(self, request: Request, index: int) -> None:
+        pass
+
+    def ensure_cache_available(self, request: Request, num_computed_tokens: int) -> bool:
+        self._requests[request.request_id] = request
+        return bool(self.capture.admit(request, num_computed_tokens))
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ECConnectorMetadata:
+        plan: StepPlan = self.capture.plan(scheduler_output, self._requests)
+        return plan
+
+    def take_unavailable_requests(self) -> set[str]:
+        unavailable: set[str] = self.capture.take_unavailable_requests()
+        return unavailable
+
+    def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        self._requests.pop(request.request_id, None)
+        self.capture.request_finished(request.request_id)
+        return False, None
+
+
+_executor: weakref.ref[Executor] | None = None
+
+
+@contextmanager
+def activated(executor: Executor, vllm_config: VllmConfig) -> Iterator[None]:
+    """Puts the connector into the configuration of an engine that captures; the body makes its workers.
+
+    Raises:
+        ValueError: the engine cannot capture.
+        RuntimeError: another engine of this process captures.
+    """
+    global _executor
+    settings = CaptureSettings.of(vllm_config)
+    # The worker's connector is a global of the process. An engine that was made here before, in-process, left its own.
+    if has_ec_transfer() and isinstance(get_ec_transfer(), MMEmbeddingConnector):
+        gc.collect()
+        if _executor is not None and _executor() is not None:
+            raise RuntimeError(
+                "an engine with enable_return_mm_embedding is alive in this process: delete it first, or unset "
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0."
+            )
+        ensure_ec_transfer_shutdown()
+    if not settings.enabled:
+        yield
+        return
+    _executor = weakref.ref(executor)
+    options = vllm_config.model_config.multimodal_config
+    users = options.enable_mm_embeds, options.allow_missing_mm_embeddings
+    vllm_config.ec_transfer_config = ECTransferConfig(
+        ec_connector=CONNECTOR, ec_connector_module_path=__name__, ec_role="ec_consumer"
+    )
+    yield
+    # A draft model's configuration is made and validated in there, and shares these options.
+    options.enable_mm_embeds, options.allow_missing_mm_embeddings = users

@@ -1,0 +1,181 @@
+"""Frontend side: takes the handle off a request's first output, reads the rows and puts them on the last one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.outputs import CompletionOutput
+from vllm.v1.engine import FinishReason
+
+from harness.capture import transport
+from harness.capture.patches import Patch
+from harness.capture.scheduler import DELIVERY
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+
+@dataclass(frozen=True)
+class MMEmbeddingItem:
+    """Where one item of the prompt lies in `mm_embedding`.
+
+    Attributes:
+        modality: "image", "video" or "audio".
+        start: first row.
+        num_rows: number of rows.
+        identifier: vLLM's hash of the item (with LoRA prefix if applicable).
+    """
+
+    modality: str
+    start: int
+    num_rows: int
+    identifier: str
+
+
+class MMEmbeddingError(RuntimeError):
+    """The embeddings of a finished request cannot be returned. Raised to the request's caller alone."""
+
+
+@dataclass(frozen=True)
+class _Embeddings:
+    rows: Tensor
+    levels: Tensor | None
+    items: list[MMEmbeddingItem]
+
+
+FIELDS = ("mm_embedding", "mm_embedding_items", "mm_embedding_levels")
+"""What a CompletionOutput has more: a Tensor (num_features, hidden_size), a list of MMEmbeddingItem, and on demand a
+Tensor (num_levels, num_features, hidden_size). All None until the completion is finished, and for text-only requests.
+"""
+
+
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    # Copies run without the GIL, beside the event loop. Two threads saturate no memory and hide one slow page fault.
+    return ThreadPoolExecutor(2, thread_name_prefix="mm-embedding")
+
+
+def _read(delivery: dict[str, Any]) -> _Embeddings:
+    """Runs in a reader thread.
+
+    Raises:
+        MMEmbeddingError: the engine core could not capture.
+        transport.TransportError: the shared memory cannot be read.
+    """
+    if (error := delivery.get("error")) is not None:
+        raise MMEmbeddingError(error)
+    packed = transport.read(delivery["handle"])
+    hidden_size = delivery["hidden_size"]
+    items, start = [], 0
+    for modality, num_rows, identifier in delivery["items"]:
+        items.append(MMEmbeddingItem(modality, start, num_rows, identifier))
+        start += num_rows
+    levels = None
+    if delivery["levels"]:
+        levels = packed[:, hidden_size:].unflatten(1, (-1, hidden_size)).transpose(0, 1).contiguous()
+    return _Embeddings(packed[:, :hidden_size].contiguous(), levels, items)
+
+
+def _take_deliveries(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_outputs(
+        self: OutputProcessor, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
+    ) -> Any:
+        for output in engine_core_outputs:
+            if output.ec_transfer_params is not None and DELIVERY in output.ec_transfer_params:
+                delivery = output.ec_transfer_params.pop(DELIVERY)
+                output.ec_transfer_params = output.ec_transfer_params or None  # the user's output as without capture
+                state = self.request_states.get(output.request_id)
+                if state is not None:
+                    state._mm_embedding = _readers().submit(_read, delivery)
+                elif "handle" in delivery:  # aborted meanwhile
+                    transport.discard(delivery["handle"])
+        return original(self, engine_core_outputs, *args, **kwargs)
+
+    return process_outputs
+
+
+def _attach_at_finish(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _new_completion_output(
+        self: RequestState, token_ids: list[int], finish_reason: FinishReason | None, stop_reason: int | str | None
+    ) -> CompletionOutput:
+        completion: CompletionOutput = original(self, token_ids, finish_reason, stop_reason)
+        if finish_reason is None or finish_reason is FinishReason.ABORT:
+            return completion
+        future: Future[_Embeddings] | None = self.__dict__.pop("_mm_embedding", None)
+        if future is None:
+            return completion
+        try:
+            embeddings = future.result()
+        except (MMEmbeddingError, transport.TransportError) as error:
+            failure = error if isinstance(error, MMEmbeddingError) else MMEmbeddingError(str(error))
+            if self.queue is None:
+                raise failure from error
+            self.queue.put(failure)  # AsyncLLM: to this request's caller; raised here it would end the engine
+        else:
+            completion.mm_embedding = embeddings.rows
+            completion.mm_embedding_items = embeddings.items
+            completion.mm_embedding_levels = embeddings.levels
+        return completion
+
+    return _new_completion_output
+
+
+def _keep_when_merged(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add(self: RequestOutput, next_output: RequestOutput, aggregate: bool) -> None:
+        original(self, next_output, aggregate)
+        if aggregate:
+            finished = {completion.index: completion for completion in next_output.outputs if completion.finished()}
+            for completion in self.outputs:
+                if (last := finished.get(completion.index)) is not None:
+                    for name in FIELDS:
+                        setattr(completion, name, getattr(last, name))
+
+    return add
+
+
+def install_fields() -> None:
+    """Gives every CompletionOutput the attributes, None by default, also where capture is off."""
+    for name in FIELDS:
+        setattr(CompletionOutput, name, None)
+
+
+_REMOVE_WHEN = "CompletionOutput has mm_embedding upstream"
+
+PATCHES = (
+    Patch(
+        "vllm.v1.engine.output_processor",
+        "OutputProcessor.process_outputs",
+        ("self", "engine_core_outputs", "engine_core_timestamp", "iteration_stats", "weight_version"),
+        _take_deliveries,
+        "The only place that sees every output of the engine core, those of aborted requests too, whose memory would "
+        "else be held until the lease expires. vLLM has no hook for outputs.",
+        _REMOVE_WHEN,
+    ),
+    Patch(
+        "vllm.v1.engine.output_processor",
+        "RequestState._new_completion_output",
+        ("self", "token_ids", "finish_reason", "stop_reason"),
+        _attach_at_finish,
+        "Private, but the only place where every way to finish meets, stop strings included, and every child of n>1 "
+        "has its own completion.",
+        _REMOVE_WHEN,
+    ),
+    Patch(
+        "vllm.outputs",
+        "RequestOutput.add",
+        ("self", "next_output", "aggregate"),
+        _keep_when_merged,
+        "Merges outputs for a slow consumer and copies only the fields that it names.",
+        _REMOVE_WHEN,
+    ),
+)

@@ -1,0 +1,252 @@
+"""Engine-core side: which embeddings a request needs, which step copies them, and the handle of its first output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata
+from vllm.logger import init_logger
+
+from harness.capture.settings import CaptureSettings, RequestOptions
+from harness.capture.store import EmbeddingStore, Item, ItemTooLarge
+from harness.capture.transport import Address, Arena, Block, SegmentId
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.mm_embedding")
+
+DELIVERY = "mm_embedding"
+"""Key of EngineCoreOutput.ec_transfer_params for what the frontend gets with a request's first output."""
+
+
+@dataclass
+class StepPlan(ECConnectorMetadata):
+    """What the worker copies in one step. Complete in itself, so that any worker can serve any engine.
+
+    Attributes:
+        owner: of the memory.
+        copies: items to copy and where to.
+        drop: segments that the owner gave back.
+    """
+
+    owner: Address
+    copies: list[tuple[Item, Block]]
+    drop: list[SegmentId]
+
+
+def num_levels(model_config: ModelConfig) -> int:
+    """How many deepstack levels the vision encoder packs behind the rows of its output; 0 for most models."""
+    for config in (model_config.hf_config, getattr(model_config.hf_config, "thinker_config", None)):
+        vision_config = getattr(config, "vision_config", None)
+        if indexes := getattr(vision_config, "deepstack_visual_indexes", None):
+            return len(indexes)
+    return 0
+
+
+@dataclass
+class _Capture:
+    """A request that is being captured, from its admission to its end."""
+
+    items: list[Item]  # in prompt order
+    features: list[MultiModalFeatureSpec]  # likewise
+    delivered: bool = False
+
+
+def _in_prompt_order(features: Iterable[MultiModalFeatureSpec]) -> list[MultiModalFeatureSpec]:
+    return sorted(features, key=lambda feature: feature.mm_position.offset)
+
+
+def _num_embeds(feature: MultiModalFeatureSpec, start: int, stop: int) -> int:
+    """How many of the feature's rows lie in the positions [start, stop) of the prompt."""
+    position = feature.mm_position
+    first, last = max(start - position.offset, 0), min(stop - position.offset, position.length)
+    if first >= last:
+        return 0
+    low, high = position.get_embeds_indices_in_range(first, last)
+    return high - low
+
+
+@dataclass
+class SchedulerCapture:
+    """The scheduler's half of the connector; its methods are called from the connector's methods of like names."""
+
+    settings: CaptureSettings
+    hidden_size: int
+    num_levels: int
+    dtype: str
+    forced_prefills: int = 0
+    """Requests whose prefix-cache hit was passed by, because it covered an item that the store does not hold."""
+    _captures: dict[str, _Capture] = field(default_factory=dict)
+    _failures: dict[str, str] = field(default_factory=dict)
+    _ended: list[str] | None = None
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> SchedulerCapture:
+        """For one engine.
+
+        Raises:
+            ValueError: the engine cannot capture.
+        """
+        model_config = vllm_config.model_config
+        return cls(
+            CaptureSettings.of(vllm_config),
+            model_config.get_inputs_embeds_size(),
+            num_levels(model_config),
+            str(model_config.dtype).removeprefix("torch."),
+        )
+
+    def __post_init__(self) -> None:
+        self._arena = Arena(self.settings.memory_bytes)
+        self.store = EmbeddingStore(self._arena, self.settings.cache_bytes)
+
+    def stats(self) -> dict[str, int]:
+        """Counts of the store (see store.Stats), and `forced_prefills`."""
+        self.store.reap()
+        return {**dataclasses.asdict(self.store.stats()), "forced_prefills": self.forced_prefills}
+
+    def close(self) -> None:
+        """Gives all memory back."""
+        self.store.close()
+
+    def admit(self, request: Request, num_computed_tokens: int) -> bool:
+        """Whether the request may be scheduled now: there is memory for its embeddings and a way to get them.
+
+        Called at every step for every multimodal request. `num_computed_tokens` counts a prefix-cache hit in.
+        """
+        capture = self._captures.get(request.request_id)
+        if capture is None:
+            capture = self._start(request)
+            if capture is None:
+                return False
+        if capture.delivered:
+            return True
+        pending = self.store.pending(request.request_id)
+        if not pending:
+            return True
+        # A prefix-cache hit over an item schedules no encoder for it: what was not captured before cannot be now.
+        covered = any(
+            item in pending and not _num_embeds(feature, num_computed_tokens, request.num_tokens)
+            for item, feature in zip(capture.items, capture.features, strict=True)
+        )
+        if not covered:
+            return True
+        if request.skip_reading_prefix_cache:
+            self._fail(request, "its prompt was computed elsewhere, so that the encoder does not run here")
+        else:
+            self.forced_prefills += 1
+            request.skip_reading_prefix_cache = True
+        return False
+
+    def _start(self, request: Request) -> _Capture | None:
+        options = RequestOptions.of(request.sampling_params.extra_args if request.sampling_params else None)
+        if not options.capture:
+            capture = _Capture([], [], delivered=True)
+        else:
+            features = _in_prompt_order(request.mm_features)
+            width = self.hidden_size * (1 + self.num_levels if options.levels else 1)
+            items = [
+                Item(feature.identifier, options.levels, feature.mm_position.get_num_embeds(), width, self.dtype)
+                for feature in features
+            ]
+            if request.resumable:
+                return self._fail(request, "it is a streaming-input session; send its items in one prompt")
+            try:
+                if not self.store.acquire(request.request_id, items):
+                    logger.info_once(
+                        "Requests wait because the captured embeddings fill mm_embedding_memory_gb (%.3f GiB).",
+                        self.settings.memory_bytes / 2**30,
+                    )
+                    return None
+            except ItemTooLarge as error:
+                return self._fail(request, f"{error} (mm_embedding_memory_gb)")
+            capture = _Capture(items, features)
+        self._captures[request.request_id] = capture
+        return capture
+
+    def _fail(self, request: Request, reason: str) -> None:
+        self._failures[request.request_id] = f"Request {request.request_id} has no mm_embedding: {reason}."
+
+    def take_unavailable_requests(self) -> set[str]:
+        """Requests that the scheduler must end with an error."""
+        return set(self._failures)
+
+    def plan(self, scheduler_output: SchedulerOutput, requests: dict[str, Request]) -> StepPlan:
+        """The copies of this step: every item that has rows among the scheduled tokens and was not copied before.
+
+        The worker reads them where the model does, from its encoder cache after the encoder ran: computed in this step,
+        by another request or for the second time, it is there.
+        """
+        copies = []
+        for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+            capture = self._captures.get(request_id)
+            if capture is None or capture.delivered:
+                continue
+            start = requests[request_id].num_computed_tokens
+            for item, feature in zip(capture.items, capture.features, strict=True):
+                if _num_embeds(feature, start, start + num_tokens):
+                    block = self.store.dispatch(request_id, item)
+                    if block is not None:
+                        copies.append((item, block))
+        return StepPlan(self._arena.address, copies, self.store.take_given_back())
+
+    def request_finished(self, request_id: str) -> None:
+        """Lets go of the request's embeddings; within a step after its outputs were delivered."""
+        if self._ended is not None:
+            self._ended.append(request_id)
+            return
+        self._captures.pop(request_id, None)
+        self._failures.pop(request_id, None)
+        self.store.release(request_id)
+
+    def begin_update(self) -> None:
+        """From now on requests may finish, whose first output is to be delivered by `end_update`."""
+        self._ended = []
+
+    def end_update(self, outputs: Collection[EngineCoreOutputs]) -> None:
+        """Puts the handles on the first output of each request, which always follows its whole prefill.
+
+        Not on the last one: a stop string is found in the frontend, where nothing comes after it.
+        """
+        for client_outputs in outputs:
+            for output in client_outputs.outputs:
+                self._deliver(output)
+        ended, self._ended = self._ended or [], None
+        for request_id in ended:
+            self.request_finished(request_id)
+
+    def _deliver(self, output: EngineCoreOutput) -> None:
+        if (failure := self._failures.get(output.request_id)) is not None:
+            delivery: dict[str, Any] = {"error": failure}
+        else:
+            capture = self._captures.get(output.request_id)
+            if capture is None or capture.delivered:
+                return
+            capture.delivered = True
+            if self.store.pending(output.request_id):
+                # Not reached as far as known. Loud all the same: never a silent None.
+                delivery = {"error": f"Request {output.request_id} has no mm_embedding: an item was not captured."}
+                logger.error(delivery["error"])
+                self.store.release(output.request_id)
+            else:
+                delivery = {
+                    "handle": self.store.deliver(output.request_id),
+                    "hidden_size": self.hidden_size,
+                    "items": [
+                        [feature.modality, item.num_rows, item.identifier]
+                        for item, feature in zip(capture.items, capture.features, strict=True)
+                    ],
+                    "levels": capture.items[0].levels,
+                }
+        output.ec_transfer_params = {**(output.ec_transfer_params or {}), DELIVERY: delivery}
+
+    def reset(self) -> None:
+        """The weights changed: what was captured before is of no use to later requests."""
+        self.store.reset()

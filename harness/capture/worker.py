@@ -1,0 +1,74 @@
+"""Worker side: copies what the scheduler asks for from the model's encoder cache into the shared memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.distributed.parallel_state import get_pcp_group, get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+
+from harness.capture.store import Item
+from harness.capture.transport import Address, Block, Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from harness.capture.scheduler import StepPlan
+
+logger = init_logger("vllm.mm_embedding")
+
+
+class WorkerCapture:
+    """Runs in every worker; only one of those that hold the same encoder output copies it."""
+
+    def __init__(self) -> None:
+        self._writers: dict[Address, Writer] = {}
+
+    def copy(self, plan: StepPlan, encoder_cache: Mapping[str, Tensor]) -> None:
+        """Copies the items of one step. Must run after the encoder and before the step's end.
+
+        An item that is not there, or has another shape than planned, is stamped as failed: its requests end with an
+        error. Raising would hide the encoder's own error, which is the likely reason.
+        """
+        if not (plan.copies or plan.drop) or not _is_first_rank():
+            return
+        device = next(iter(encoder_cache.values())).device if encoder_cache else torch.device("cpu")
+        writer = self._writers.get(plan.owner)
+        if writer is None:
+            writer = self._writers[plan.owner] = Writer(plan.owner, device)
+        copies: list[tuple[Block, Tensor]] = []
+        for item, block in plan.copies:
+            rows = _rows(item, encoder_cache.get(item.identifier))
+            if rows is None:
+                writer.fail(block)
+            else:
+                copies.append((block, rows))
+        writer.write_many(copies)
+        writer.drop(plan.drop)
+
+    def close(self) -> None:
+        """Unmaps the shared memory."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+
+def _rows(item: Item, output: Tensor | None) -> Tensor | None:
+    """The planned columns of an encoder output: (num_rows, width) in the engine's dtype."""
+    if output is None or output.ndim != 2 or output.shape[0] != item.num_rows:
+        found = "nothing" if output is None else f"shape {tuple(output.shape)}"
+        logger.error("Encoder output of item %s: expected %d rows, found %s.", item.identifier, item.num_rows, found)
+        return None
+    width = output.shape[1]
+    if width < item.width:
+        # Levels are asked for and this item has none (audio beside images, an image given as its embeddings): zeros,
+        # which is what the language model adds there.
+        output = torch.nn.functional.pad(output, (0, item.width - width))
+    return output[:, : item.width].to(getattr(torch, item.dtype)).contiguous()
+
+
+def _is_first_rank() -> bool:
+    return get_tensor_model_parallel_rank() == 0 and get_pcp_group().rank_in_group == 0
