@@ -1,0 +1,750 @@
+"""The shared memory between processes: what is written is read, and nothing else, whoever dies when."""
+
+import fcntl
+import gc
+import itertools
+import multiprocessing
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.capture import transport
+from harness.capture.transport import (
+    HEADER_BYTES,
+    Address,
+    Arena,
+    Block,
+    BlockGone,
+    CaptureFailed,
+    Lease,
+    SegmentId,
+    Span,
+    TransportError,
+    TransportTimeout,
+    Writer,
+    discard,
+    footprint,
+    read,
+)
+
+PAGE = 4096
+WIDTH = 32
+DTYPES = ["float32", "bfloat16", "float16"]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def make_rows(seed: int, num_rows: int = 10, dtype: str = "float32") -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, WIDTH, generator=generator).to(getattr(torch, dtype))
+
+
+def span_of(block: Block, dtype: str = "float32") -> Span:
+    return Span(block, block.nbytes // (WIDTH * getattr(torch, dtype).itemsize), WIDTH, dtype)
+
+
+def allocate(arena: Arena, nbytes: int) -> Block:
+    block = arena.allocate(nbytes)
+    assert block is not None
+    return block
+
+
+def lease_of(arena: Arena, *blocks: Block, dtype: str = "float32") -> tuple[Lease, dict[str, Any]]:
+    lease = arena.lease()
+    return lease, arena.handle(lease, [span_of(block, dtype) for block in blocks])
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    arena = Arena(16 * PAGE, segment_bytes=PAGE)
+    yield arena
+    arena.close()
+
+
+@pytest.fixture
+def writer(arena: Arena) -> Iterator[Writer]:
+    writer = Writer(arena.address)
+    yield writer
+    writer.close()
+
+
+# --- the arena -------------------------------------------------------------------------------------------------------
+
+
+def test_data_is_aligned_and_blocks_do_not_overlap(arena: Arena) -> None:
+    blocks = [allocate(arena, nbytes) for nbytes in (1, 64, 65, 0, 1000)]
+    assert [footprint(block.nbytes) for block in blocks] == [128, 128, 192, 64, 64 + 1024]
+    assert [block.offset for block in blocks] == [0, 128, 256, 448, 512]
+    assert arena.held_bytes == 128 + 128 + 192 + 64 + 1088
+    assert arena.mapped_bytes == PAGE
+
+
+def test_nothing_is_allocated_above_the_cap(arena: Arena) -> None:
+    for _ in range(16):
+        allocate(arena, PAGE - HEADER_BYTES)
+    assert arena.held_bytes == arena.mapped_bytes == 16 * PAGE
+    assert arena.allocate(0) is None
+    assert arena.allocate(0, fragmented=True) is None
+
+
+def test_a_block_larger_than_a_segment_gets_its_own(arena: Arena) -> None:
+    allocate(arena, 10)
+    block = allocate(arena, 3 * PAGE)
+    assert block.offset == 0
+    assert arena.mapped_bytes == 5 * PAGE
+    arena.free(block)
+    assert arena.mapped_bytes == PAGE, "a segment of unusual size is not kept as a spare"
+    assert arena.take_given_back() == [block.segment]
+    assert arena.take_given_back() == []
+
+
+def test_freed_neighbours_become_one_room_in_any_order(arena: Arena) -> None:
+    for order in ([0, 1, 2], [2, 1, 0], [0, 2, 1], [1, 0, 2]):
+        blocks = [allocate(arena, 1000) for _ in range(3)]
+        for index in order:
+            arena.free(blocks[index])
+        whole = allocate(arena, PAGE - HEADER_BYTES)
+        assert whole.offset == 0
+        assert arena.mapped_bytes == PAGE
+        arena.free(whole)
+
+
+def test_one_spare_segment_is_kept(arena: Arena) -> None:
+    blocks = [allocate(arena, PAGE - HEADER_BYTES) for _ in range(4)]
+    for block in blocks:
+        arena.free(block)
+    assert arena.mapped_bytes == PAGE
+    assert arena.take_given_back() == [block.segment for block in blocks[1:]]
+
+
+def test_only_fragments_let_the_mapped_bytes_exceed_the_cap() -> None:
+    arena = Arena(2 * PAGE, segment_bytes=PAGE)
+    blocks = [allocate(arena, 1000) for _ in range(6)]  # three a segment
+    for index in (0, 2, 3, 5):
+        arena.free(blocks[index])
+    assert arena.allocate(3000) is None, "no extent is long enough, and the cap is mapped"
+    assert arena.allocate(3000, fragmented=True) is not None
+    assert arena.mapped_bytes == 3 * PAGE
+    arena.close()
+
+
+def test_the_spare_makes_room_for_a_larger_block() -> None:
+    arena = Arena(2 * PAGE, segment_bytes=PAGE)
+    arena.free(allocate(arena, 10))
+    assert allocate(arena, 2 * PAGE - HEADER_BYTES).offset == 0
+    assert arena.mapped_bytes == 2 * PAGE
+    arena.close()
+
+
+def test_a_block_is_freed_once(arena: Arena) -> None:
+    block = allocate(arena, 10)
+    arena.free(block)
+    with pytest.raises(KeyError):
+        arena.free(block)
+
+
+def test_sizes_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        Arena(0)
+
+
+@given(st.lists(st.one_of(st.integers(0, 2 * PAGE), st.tuples(st.integers(0, 99))), max_size=60))
+def test_blocks_are_disjoint_and_accounted_for(steps: list[int | tuple[int]]) -> None:
+    """An integer allocates so many bytes, a tuple frees a block of that index."""
+    arena = Arena(8 * PAGE, segment_bytes=PAGE)
+    try:
+        blocks: list[Block] = []
+        for step in steps:
+            if isinstance(step, tuple):
+                if blocks:
+                    arena.free(blocks.pop(step[0] % len(blocks)))
+            else:
+                block = arena.allocate(step, fragmented=True)
+                fits = sum(footprint(other.nbytes) for other in blocks) + footprint(step) <= 8 * PAGE
+                assert (block is not None) == fits
+                if block is not None:
+                    blocks.append(block)
+            extents = sorted((b.segment, b.offset, b.offset + footprint(b.nbytes)) for b in blocks)
+            for (segment, _, stop), (next_segment, start, _) in itertools.pairwise(extents):
+                assert segment != next_segment or stop <= start
+            for segment, _, stop in extents:
+                assert stop <= os.fstat(segment.fd).st_size
+            assert arena.held_bytes == sum(footprint(block.nbytes) for block in blocks) <= 8 * PAGE
+        for block in blocks:
+            arena.free(block)
+        assert arena.held_bytes == 0
+        assert arena.mapped_bytes <= PAGE
+    finally:
+        arena.close()
+
+
+# --- write and read in one process -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_read_returns_the_spans_in_order(arena: Arena, dtype: str, device: str) -> None:
+    writer = Writer(arena.address, device)
+    first, second = make_rows(1, 3, dtype), make_rows(2, 5, dtype)
+    blocks = [allocate(arena, rows.nbytes) for rows in (first, second)]
+    writer.write_many(zip(blocks, (first.to(device), second.to(device)), strict=True))
+    lease, handle = lease_of(arena, blocks[1], blocks[0], blocks[1], dtype=dtype)
+    rows = read(handle)
+    assert torch.equal(rows, torch.cat([second, first, second]))
+    assert rows.dtype == first.dtype
+    assert rows.is_contiguous()
+    assert arena.reap() == ([lease], [])
+    writer.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_slice_of_wider_rows_is_written_as_its_values(arena: Arena, device: str) -> None:
+    writer = Writer(arena.address, device)
+    wide = torch.arange(40 * 3, dtype=torch.float32).view(3, 40).to(device)
+    block = allocate(arena, 3 * WIDTH * 4)
+    writer.write(block, wide[:, :WIDTH])
+    assert torch.equal(read(lease_of(arena, block)[1]), wide[:, :WIDTH].cpu())
+    writer.close()
+
+
+def test_what_was_read_is_the_readers_own(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    read(lease_of(arena, block)[1]).zero_()
+    assert torch.equal(read(lease_of(arena, block)[1]), make_rows(1))
+
+
+def test_an_item_without_rows(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, 0)
+    writer.write(block, torch.empty(0, WIDTH))
+    assert read(lease_of(arena, block)[1]).shape == (0, WIDTH)
+
+
+def test_a_handle_is_small_and_survives_msgpack(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    packed = msgspec.msgpack.encode(lease_of(arena, block)[1])
+    assert len(packed) < 200
+    assert torch.equal(read(msgspec.msgpack.decode(packed)), make_rows(1))
+
+
+def test_a_tensor_must_fill_its_block(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, 100)
+    with pytest.raises(ValueError, match="does not fill a block of 100"):
+        writer.write(block, make_rows(1))
+
+
+def test_a_view_is_the_data_that_readers_get(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, WIDTH * 4)
+    writer.write(block, torch.zeros(1, WIDTH))
+    writer.view(block).view(torch.float32).fill_(3)
+    assert writer.view(block).data_ptr() % HEADER_BYTES == 0
+    assert torch.equal(read(lease_of(arena, block)[1]), torch.full((1, WIDTH), 3.0))
+
+
+def test_one_lease_has_one_width(arena: Arena) -> None:
+    block = allocate(arena, 256)
+    handle = arena.handle(arena.lease(), [Span(block, 2, 32, "float32"), Span(block, 1, 64, "float32")])
+    with pytest.raises(ValueError, match="one width"):
+        read(handle)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_reader_waits_for_the_stamp(arena: Arena, device: str) -> None:
+    writer = Writer(arena.address, device)
+    block = allocate(arena, make_rows(1).nbytes)
+    handle = lease_of(arena, block)[1]
+    source = make_rows(1).to(device)
+    timer = threading.Timer(0.1, writer.write, (block, source))
+    timer.start()
+    assert torch.equal(read(handle, timeout=10), make_rows(1))
+    timer.join()
+    writer.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_item_that_the_writer_has_not_is_an_error(arena: Arena, device: str) -> None:
+    writer = Writer(arena.address, device)
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.fail(block)
+    lease, handle = lease_of(arena, block)
+    with pytest.raises(CaptureFailed, match="send the request again"):
+        read(handle, timeout=10)
+    assert arena.failed(block)
+    assert arena.reap() == ([lease], []), "a lease ends with an error too"
+    writer.close()
+
+
+def test_another_blocks_bytes_in_the_header_are_no_stamp(arena: Arena, writer: Writer) -> None:
+    """The header of the second block lies where the first one had data."""
+    first = allocate(arena, 1024)
+    writer.write(first, torch.full((1024,), 0x55, dtype=torch.uint8))
+    arena.free(first)
+    allocate(arena, 10)
+    second = allocate(arena, 512)
+    assert first.offset < second.offset < first.offset + 1024
+    with pytest.raises(TransportTimeout):
+        read(lease_of(arena, second)[1], timeout=0.05)
+
+
+# --- leases ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_is_read_once(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    handle = lease_of(arena, block)[1]
+    read(handle)
+    arena.reap()
+    with pytest.raises(BlockGone, match="read before"):
+        read(handle)
+
+
+def test_a_discarded_lease_is_done(arena: Arena) -> None:
+    lease, handle = lease_of(arena, allocate(arena, 100))
+    discard(handle)
+    assert arena.reap() == ([lease], [])
+    discard(handle)
+
+
+def test_a_withdrawn_lease_is_gone(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    lease, handle = lease_of(arena, block)
+    arena.withdraw(lease)
+    with pytest.raises(BlockGone):
+        read(handle)
+    assert arena.reap() == ([], [])
+
+
+def test_a_lease_expires() -> None:
+    arena = Arena(PAGE, lease_seconds=0.05)
+    lease, handle = lease_of(arena, allocate(arena, 128))
+    assert arena.reap() == ([], [])
+    time.sleep(0.06)
+    assert arena.reap() == ([], [lease])
+    with pytest.raises(BlockGone, match="expired"):
+        read(handle)
+    arena.close()
+
+
+def test_a_reader_whose_lease_expires_while_it_waits(arena: Arena) -> None:
+    lease, handle = lease_of(arena, allocate(arena, 128))
+    timer = threading.Timer(0.1, arena.withdraw, (lease,))
+    timer.start()
+    with pytest.raises(BlockGone):
+        read(handle, timeout=10)
+    timer.join()
+
+
+def test_a_late_reader_cannot_end_the_next_lease_of_its_slot(arena: Arena) -> None:
+    old, old_handle = lease_of(arena, allocate(arena, 128))
+    arena.withdraw(old)
+    new, _ = lease_of(arena, allocate(arena, 128))
+    assert new.slot == old.slot
+    discard(old_handle)
+    with pytest.raises(BlockGone):
+        read(old_handle)
+    assert arena.reap() == ([], [])
+
+
+def test_slots_are_used_again(arena: Arena) -> None:
+    for _ in range(100):
+        _lease, handle = lease_of(arena, allocate(arena, 1))
+        discard(handle)
+        arena.reap()
+        assert os.fstat(arena.address.ledger.fd).st_size == 16
+
+
+# --- stale readers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def during_copy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Runs a function while a reader copies: after the stamp was seen, before it is looked at again."""
+    original = transport._read_into
+
+    def install(action: Callable[[], object]) -> None:
+        def read_into(*args: Any) -> None:
+            action()
+            original(*args)
+
+        monkeypatch.setattr(transport, "_read_into", read_into)
+
+    return install
+
+
+def test_a_block_used_again_under_a_reader(
+    arena: Arena, writer: Writer, during_copy: Callable[[Callable[[], object]], None]
+) -> None:
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    lease, handle = lease_of(arena, block)
+
+    def use_again() -> None:
+        arena.withdraw(lease)
+        arena.free(block)
+        again = allocate(arena, block.nbytes)
+        assert (again.segment, again.offset) == (block.segment, block.offset)
+        writer.write(again, make_rows(2))
+
+    during_copy(use_again)
+    with pytest.raises(BlockGone):
+        read(handle)
+
+
+def test_a_late_copy_that_brings_the_old_stamp_back(
+    arena: Arena, writer: Writer, during_copy: Callable[[Callable[[], object]], None]
+) -> None:
+    """The header is as the reader expects it, only the ledger tells that the bytes may be another item's."""
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    lease, handle = lease_of(arena, block)
+
+    def use_again() -> None:
+        arena.withdraw(lease)
+        arena.free(block)
+        allocate(arena, block.nbytes)
+        writer.write(block, make_rows(1))  # was queued before the block was freed
+        writer.view(block).fill_(7)  # the next item's copy begins
+
+    during_copy(use_again)
+    with pytest.raises(BlockGone):
+        read(handle)
+
+
+def test_a_stamp_that_changes_under_a_living_lease(
+    arena: Arena, writer: Writer, during_copy: Callable[[Callable[[], object]], None]
+) -> None:
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    handle = lease_of(arena, block)[1]
+    during_copy(lambda: writer.fail(block))
+    with pytest.raises(BlockGone):
+        read(handle)
+
+
+def test_the_next_reader_waits_for_its_own_stamp(arena: Arena, writer: Writer) -> None:
+    """An older copy to the same bytes is carried out late; its stamp is not the new block's."""
+    old = allocate(arena, make_rows(1).nbytes)
+    arena.free(old)
+    new = allocate(arena, old.nbytes)
+    writer.write(old, make_rows(1))
+    lease, handle = lease_of(arena, new)
+    with pytest.raises(TransportTimeout):
+        read(handle, timeout=0.05)
+    writer.write(new, make_rows(2))
+    arena.withdraw(lease)
+    assert torch.equal(read(lease_of(arena, new)[1]), make_rows(2))
+
+
+def test_a_freed_block_has_no_stamp(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    arena.free(block)
+    with pytest.raises(TransportTimeout):
+        read(lease_of(arena, block)[1], timeout=0.05)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def pages_of(fd: int) -> int:
+    return os.fstat(fd).st_blocks * 512
+
+
+def test_memory_is_given_back_although_the_writer_maps_it(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, 8 * PAGE)
+    ours = os.dup(block.segment.fd)
+    writer.write(block, torch.ones(8 * PAGE, dtype=torch.uint8))
+    assert pages_of(ours) == 9 * PAGE
+    arena.free(block)
+    assert pages_of(ours) == 0
+    writer.write(block, torch.ones(8 * PAGE, dtype=torch.uint8))  # a late copy: no signal
+    writer.drop(arena.take_given_back())
+    os.close(ours)
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:vllm-mm-embedding")
+
+
+def test_the_writer_unmaps_what_it_drops_and_the_reader_maps_nothing(arena: Arena) -> None:
+    gc.collect()
+    before = mappings()
+    writer = Writer(arena.address)
+    block = allocate(arena, 8 * PAGE)
+    writer.write(block, torch.ones(1, 8 * PAGE, dtype=torch.uint8))
+    assert mappings() == before + 1
+    lease = arena.lease()
+    kept = read(arena.handle(lease, [Span(block, 1, 8 * PAGE, "uint8")]))
+    assert mappings() == before + 1
+    arena.free(block)
+    writer.drop(arena.take_given_back())
+    assert mappings() == before
+    assert kept.sum() == 8 * PAGE
+
+
+def test_nothing_stays_open(arena: Arena) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names, not paths
+    other = Arena(PAGE)
+    writer = Writer(other.address)
+    block = allocate(other, 128)
+    writer.write(block, torch.zeros(1, WIDTH))
+    read(lease_of(other, block)[1])
+    writer.close()
+    other.close()
+    other.close()
+    assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_only_this_user_may_open_it_and_no_program_inherits_it(arena: Arena) -> None:
+    for fd in (allocate(arena, 1).segment.fd, arena.address.ledger.fd):
+        assert os.fstat(fd).st_mode & 0o777 == 0o600
+        assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+
+
+def test_no_file_appears(arena: Arena, writer: Writer) -> None:
+    before = sorted(Path("/dev/shm").iterdir())
+    writer.write(allocate(arena, WIDTH * 4), torch.zeros(1, WIDTH))
+    assert sorted(Path("/dev/shm").iterdir()) == before
+
+
+def test_a_late_copy_does_not_reach_a_file_with_the_segments_old_number(arena: Arena, tmp_path: Path) -> None:
+    block = allocate(arena, 8 * PAGE)
+    arena.free(block)
+    file = tmp_path / "foreign"
+    file.write_bytes(bytes(10 * PAGE))
+    with file.open("r+b") as opened:
+        assert opened.fileno() == block.segment.fd, "the lowest free number"
+        Writer(arena.address).write(block, torch.ones(8 * PAGE, dtype=torch.uint8))
+    assert file.read_bytes() == bytes(10 * PAGE)
+
+
+def test_a_writer_that_maps_a_segment_does_not_confuse_it_with_the_next_of_its_number(arena: Arena) -> None:
+    writer = Writer(arena.address)
+    old = allocate(arena, 8 * PAGE)
+    writer.write(old, torch.ones(8 * PAGE, dtype=torch.uint8))
+    arena.free(old)
+    new = allocate(arena, 8 * PAGE)
+    assert new.segment.fd == old.segment.fd
+    writer.write(new, torch.full((8 * PAGE,), 2, dtype=torch.uint8))
+    rows = read(arena.handle(arena.lease(), [Span(new, 1, 8 * PAGE, "uint8")]), timeout=1)
+    assert rows.unique().tolist() == [2]
+
+
+# --- other processes -------------------------------------------------------------------------------------------------
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch"])
+
+
+class Remote:
+    """A process that serves one object: calls its methods by name."""
+
+    def __init__(self, target: Callable[..., None], *args: Any) -> None:
+        self.pipe, theirs = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(target=target, args=(theirs, *args), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def result(self) -> Any:
+        assert self.pipe.poll(30), "the process does not answer"
+        return self.pipe.recv()
+
+    def call(self, name: str, *args: Any) -> Any:
+        self.pipe.send((name, args))
+        return self.result()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def serve(pipe: Connection, served: object) -> None:
+    while True:
+        name, args = pipe.recv()
+        pipe.send(getattr(served, name)(*args))
+
+
+def serve_arena(pipe: Connection, lease_seconds: float) -> None:
+    arena = Arena(1 << 20, segment_bytes=PAGE, lease_seconds=lease_seconds)
+    pipe.send(arena.address)
+    serve(pipe, arena)
+
+
+class SeededWriter(Writer):
+    """Makes the rows itself: a tensor would not be sent by value."""
+
+    def write_rows(self, block: Block, seed: int, num_rows: int, dtype: str) -> None:
+        self.write(block, make_rows(seed, num_rows, dtype))
+
+
+def serve_writer(pipe: Connection, address: Address) -> None:
+    serve(pipe, SeededWriter(address))
+
+
+def serve_read(pipe: Connection, handle: dict[str, Any], timeout: float) -> None:
+    try:
+        rows = read(handle, timeout)
+        pipe.send((str(rows.dtype), tuple(rows.shape), rows.view(torch.uint8).numpy().tobytes()))
+    except TransportError as error:
+        pipe.send(error)
+    pipe.recv()
+
+
+@contextmanager
+def running(*args: Any) -> Iterator[Remote]:
+    remote = Remote(*args)
+    try:
+        yield remote
+    finally:
+        remote.kill()
+
+
+@pytest.fixture
+def owner() -> Iterator[Remote]:
+    with running(serve_arena, 60.0) as remote:
+        yield remote
+
+
+def remote_lease(owner: Remote, block: Block, dtype: str = "float32") -> dict[str, Any]:
+    handle: dict[str, Any] = owner.call("handle", owner.call("lease"), [span_of(block, dtype)])
+    return handle
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_three_processes(owner: Remote, dtype: str) -> None:
+    expected = make_rows(5, 100, dtype)
+    address = owner.result()
+    block = owner.call("allocate", expected.nbytes)
+    handle = remote_lease(owner, block, dtype)
+    with running(serve_read, handle, 30.0) as reader, running(serve_writer, address) as writer:
+        writer.call("write_rows", block, 5, 100, dtype)
+        assert reader.result() == (
+            str(expected.dtype),
+            tuple(expected.shape),
+            expected.view(torch.uint8).numpy().tobytes(),
+        )
+    done, expired = owner.call("reap")
+    assert (len(done), expired) == (1, [])
+
+
+def holders_of(segment: SegmentId) -> list[str]:
+    """Everything in /proc that keeps a memfd of this inode."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            maps = (process / "maps").read_text().splitlines()
+            found += [line for line in maps if "memfd:vllm-mm" in line and line.split()[4] == str(segment.inode)]
+            for fd in (process / "fd").iterdir():
+                stat = fd.stat()
+                if stat.st_ino == segment.inode and "memfd:vllm-mm" in str(fd.readlink()):
+                    found.append(str(fd))
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+def test_a_killed_owner_leaves_nothing_and_its_readers_an_error(owner: Remote) -> None:
+    shared_files = sorted(Path("/dev/shm").iterdir())
+    address = owner.result()
+    block = owner.call("allocate", make_rows(1).nbytes)
+    waiting = remote_lease(owner, block)
+    late = remote_lease(owner, block)
+    with running(serve_read, waiting, 30.0) as reader:
+        time.sleep(0.2)
+        assert not reader.pipe.poll(), "the reader waits for the stamp"
+        assert holders_of(block.segment)
+        owner.kill()
+        error = reader.result()
+        assert isinstance(error, BlockGone)
+        assert "ended" in str(error)
+    with pytest.raises(BlockGone, match="ended"):
+        read(late)
+    discard(late)
+    assert holders_of(block.segment) == []
+    assert holders_of(address.ledger) == []
+    assert sorted(Path("/dev/shm").iterdir()) == shared_files
+
+
+def test_a_process_that_is_dead_but_not_waited_for_has_ended() -> None:
+    """A zombie has its pid and start time still."""
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert transport._process_start(process.pid) is None
+    assert transport._process_start(process.pid) is None
+    assert transport._process_start(os.getpid()) is not None
+
+
+def test_an_owner_killed_while_a_reader_copies(
+    owner: Remote, during_copy: Callable[[Callable[[], object]], None]
+) -> None:
+    """The reader has the memory open: the rows are whole and the right ones."""
+    address = owner.result()
+    block = owner.call("allocate", make_rows(1).nbytes)
+    SeededWriter(address).write_rows(block, 1, 10, "float32")
+    handle = remote_lease(owner, block)
+    during_copy(owner.kill)
+    assert torch.equal(read(handle), make_rows(1))
+
+
+def test_a_later_process_of_the_owners_pid_is_not_the_owner(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    handle = lease_of(arena, block)[1]
+    handle["owner"][1] += 1  # the start time
+    with pytest.raises(BlockGone, match="ended"):
+        read(handle)
+
+
+def test_a_killed_reader_loses_its_lease() -> None:
+    with running(serve_arena, 0.5) as owner:
+        owner.result()
+        block = owner.call("allocate", make_rows(1).nbytes)
+        handle = remote_lease(owner, block)
+        with running(serve_read, handle, 30.0):
+            time.sleep(0.1)
+        assert owner.call("reap") == ([], [])
+        time.sleep(0.5)
+        done, expired = owner.call("reap")
+        assert done == []
+        assert [lease.generation for lease in expired] == [handle["lease"][1]]
+        owner.call("free", block)
+        assert owner.call("__getattribute__", "held_bytes") == 0
+        with pytest.raises(BlockGone):
+            read(handle)
+
+
+def test_a_writer_killed_before_its_stamp(arena: Arena) -> None:
+    block = allocate(arena, make_rows(1).nbytes)
+    lease, handle = lease_of(arena, block)
+    with running(serve_writer, arena.address) as writer:
+        writer.pipe.send(("view", (block,)))
+        time.sleep(0.1)
+    with pytest.raises(TransportTimeout, match="look for its error in the log"):
+        read(handle, timeout=0.1)
+    assert arena.reap() == ([lease], [])
+
+
+def test_a_process_that_may_not_open_the_memory(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = lease_of(arena, allocate(arena, 128))[1]
+
+    def forbidden(*args: object, **kwargs: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "open", forbidden)
+    with pytest.raises(TransportError, match="same user") as caught:
+        read(handle)
+    assert not isinstance(caught.value, BlockGone)
