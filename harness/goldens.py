@@ -434,10 +434,10 @@ def _judge(
     recorded = _versions(golden.recorded_with, versions)
     accept = f"If this is meant, record it with {UPDATE_OPTION}=changed and review the difference."
     if changed:
-        answer = "still agrees" if comparison.ok else f"is another: {comparison.explain()}"
+        answer = "still agrees" if comparison.ok else f"is another:\n{comparison.explain()}"
         text = f"{golden.case}: the input changed ({', '.join(changed)}), {recorded}. The answer {answer}\n{accept}"
         return GoldenCheck("input changed", text, comparison)
-    text = f"{golden.case}: the answer changed, the inputs did not, {recorded}. {comparison.explain()}\n{accept}"
+    text = f"{golden.case}: the answer changed, the inputs did not, {recorded}.\n{comparison.explain()}\n{accept}"
     return GoldenCheck("answer changed", text, comparison)
 
 
@@ -480,7 +480,7 @@ def _compare_sample(golden: Golden, tensor: torch.Tensor, tolerance: Tolerance) 
         f"{int(failing.sum())} of {golden.num_rows} rows have another norm than recorded; worst is row {row}: "
         f"{float(tensor[row].double().norm()):.6g}, recorded {golden.norms[row]:.6g}."
     )
-    return replace(sampled, failure="values", headline=headline)
+    return replace(sampled, failure="values", headline=headline, details=(note,), worst_rows=())
 
 
 def _span(text: str) -> Span:

@@ -1,0 +1,1 @@
+"""Reports made from one results file: the terminal's table and the README's."""

@@ -1,0 +1,151 @@
+"""Tables for README.md, made from a results file: ``python -m harness.report.readme results.json README.md [--check]``.
+
+The text between ``<!-- contract:begin -->`` and ``<!-- contract:end -->`` becomes the table of contract clauses, that
+between ``<!-- matrix:begin -->`` and ``<!-- matrix:end -->`` the table of models and suites. A file may have either or
+both. With ``--check`` nothing is written, and the exit status is 1 if the file is not up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.contract import CLAUSES
+from harness.files import write_atomically
+from harness.report.tally import Tally, first_line, markdown, models_worst_first, reasons, suites, worst_row
+from harness.results import Results, ResultsError, TestRecord
+
+
+class ReadmeError(Exception):
+    """The file cannot be filled in; the message is one sentence for the user."""
+
+
+def contract_table(results: Results) -> str:
+    """Markdown: clause, what it promises, the tests that name it, result."""
+    rows = [["clause", "what it promises", "tests", "result"]]
+    for clause, promise in CLAUSES.items():
+        tally = Tally(tuple(record for record in results.records if clause in record.clauses))
+        rows.append([clause, promise, _tests(tally), _verdict(tally)])
+    return "\n".join(markdown(rows))
+
+
+def matrix_table(results: Results) -> str:
+    """Markdown: model x suite with counts, cosine and relative L2 of the worst row; then why what was skipped."""
+    records = [record for record in results.records if record.model is not None]
+    names = list(suites(records))
+    rows = [["model", *names]]
+    for model, tally in models_worst_first(records).items():
+        cells = suites(tally.records)
+        rows.append([f"`{model}`", *(_cell(cells[name]) if name in cells else "" for name in names)])
+    lines = markdown(rows)
+    skipped = [record for record in records if record.outcome == "skipped"]
+    if skipped:
+        lines += ["", "Skipped:", ""]
+    for reason, group in reasons(skipped).items():
+        lines.append(f"- {', '.join(sorted({_label(record) for record in group}))}: {reason}")
+    return "\n".join(lines)
+
+
+def provenance(results: Results) -> str:
+    """One sentence: when, with which versions, on which machine."""
+    environment = results.environment
+    versions = environment.get("versions", {})
+    parts = [f"{name} {versions[name]}" for name in ("vllm", "torch", "transformers") if name in versions]
+    gpus = sorted({gpu["name"] for gpu in environment.get("gpus", [])})
+    machine = ", ".join(gpus) or environment.get("cpu", {}).get("model", "unknown machine")
+    state = " The session was interrupted: not every test ran." if results.interrupted else ""
+    return f"Generated from a session of {results.created[:10]}: {', '.join([*parts, machine])}.{state}"
+
+
+def fill(text: str, results: Results) -> str:
+    """The text with every marked section replaced.
+
+    Raises:
+        ReadmeError: there is no marker, or one without its partner.
+    """
+    filled = 0
+    for name, table in (("contract", contract_table), ("matrix", matrix_table)):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        counts = (text.count(begin), text.count(end))
+        if counts == (0, 0):
+            continue
+        if counts != (1, 1) or text.index(begin) > text.index(end):
+            raise ReadmeError(f"needs {begin} and then {end}, each once")
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = f"{head}{begin}\n{table(results)}\n\n{provenance(results)}\n{end}{tail}"
+        filled += 1
+    if not filled:
+        raise ReadmeError("has neither <!-- contract:begin --> nor <!-- matrix:begin -->")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fill in or check a file. Exit status 0: done; 1: not up to date; 2: cannot be read or filled in."""
+    parser = argparse.ArgumentParser(prog="python -m harness.report.readme", description="Fill in README's tables.")
+    parser.add_argument("results", type=Path, help="JSON file that --results wrote")
+    parser.add_argument("readme", type=Path, help="Markdown file with the markers")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if not up to date")
+    options = parser.parse_args(arguments)
+    try:
+        old = options.readme.read_text(encoding="utf-8")
+        new = fill(old, Results.read(options.results))
+        if old == new:
+            return 0
+        if not options.check:
+            write_atomically(options.readme, new.encode())
+            return 0
+    except ResultsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except ReadmeError as error:
+        print(f"{options.readme} {error}", file=sys.stderr)
+        return 2
+    except (OSError, UnicodeDecodeError) as error:
+        print(f"cannot fill in {options.readme}: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{options.readme} is not up to date: run `python -m harness.report.readme {options.results} {options.readme}`",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _tests(tally: Tally) -> str:
+    """Files and functions, parameters left out."""
+    names = sorted({record.nodeid.partition("[")[0] for record in tally.records})
+    files: dict[str, list[str]] = {}
+    for name in names:
+        file, _, function = name.partition("::")
+        files.setdefault(file.rpartition("/")[2], []).append(function)
+    return "<br>".join(f"{file}: {', '.join(f'`{name}`' for name in functions)}" for file, functions in files.items())
+
+
+def _verdict(tally: Tally) -> str:
+    if tally.bad:
+        first = next(record for record in tally.records if record.outcome in ("failed", "error"))
+        shown = "" if tally.count("passed") else "not shown: "
+        return f"{shown}**{tally}**: {first_line(first.message)}"
+    if tally.count("passed"):
+        return str(tally)
+    if tally.records:
+        return f"not shown: {'; '.join(reasons(tally.records))}"
+    return "not shown: no test of this session names it"
+
+
+def _cell(tally: Tally) -> str:
+    text = f"**{tally}**" if tally.bad else str(tally)
+    if tally.worst is None:
+        return text
+    cosine, relative = worst_row(tally.worst)
+    return f"{text}<br>cos {cosine}, L2 {relative}"
+
+
+def _label(record: TestRecord) -> str:
+    return f"`{record.model}` {record.suite}{f' {record.case}' if record.case else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
