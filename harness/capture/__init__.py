@@ -7,6 +7,8 @@ import error with a line in the log, and "on" would silently mean "off".
 
 from __future__ import annotations
 
+import functools
+
 
 def _is_native() -> bool:
     """Whether the installed vLLM has the feature itself."""
@@ -42,11 +44,13 @@ def register() -> None:
     """
     if _is_native():
         return
-    from harness.capture import arguments, engine_core, frontend, patches
+    from harness.capture import arguments, engine_core, frontend, http, patches
 
     patches.vllm_version()
     arguments.install_options_on_multimodal_config()
     arguments.install_options_on_engine_args()
     patches.install((*engine_core.PATCHES, *frontend.PATCHES))
     engine_core.install_stats()
+    for patch in http.PATCHES:  # of modules that only a server imports, and that are slow to
+        patches.when_imported(patch.module, functools.partial(patches.install, [patch]))
     frontend.install_fields()
