@@ -1,0 +1,143 @@
+"""The child process of engine.py: makes the engine, then runs what it is sent. `python -m harness.engine_process SOCKET`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import pickle
+import sys
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+from harness.engine import Arm, Completion, EngineError, EngineSpec, Interface, Request
+
+
+@dataclass
+class Server:
+    """What functions get that run here.
+
+    Attributes:
+        spec: of the engine.
+        engine: vLLM's LLM or AsyncLLM.
+    """
+
+    spec: EngineSpec
+    engine: Any
+
+    @property
+    def core(self) -> Any:
+        """The EngineCore, if it runs in this process.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        if not self.spec.in_process:
+            raise RuntimeError("the engine core is in another process: use an engine with in_process=True")
+        return self.engine.llm_engine.engine_core.engine_core
+
+    async def capture_stats(self) -> dict[str, int] | None:
+        """Counts of the capture store; None where capture is off."""
+        if self.spec.in_process:
+            stats: dict[str, int] | None = self.core.mm_embedding_stats()
+        elif self.spec.interface is Interface.ASYNC_LLM:
+            stats = await self.engine.engine_core.call_utility_async("mm_embedding_stats")
+        else:
+            stats = self.engine.llm_engine.engine_core.call_utility("mm_embedding_stats")
+        return stats
+
+    def counter(self, name: str) -> float:
+        """Sum of a vLLM counter, such as "vllm:num_preemptions"."""
+        from vllm.v1.metrics.reader import get_metrics_snapshot
+
+        return sum(metric.value for metric in get_metrics_snapshot() if metric.name == name)  # type: ignore[attr-defined]
+
+
+async def generate(server: Server, requests: Sequence[Request]) -> list[list[Completion]]:
+    """Runs the requests together; the completions of each, in order."""
+    if server.spec.interface is Interface.ASYNC_LLM:
+        return list(await asyncio.gather(*(_final(server, request) for request in requests)))
+    from vllm import SamplingParams
+
+    outputs = server.engine.generate(
+        [dict(request.prompt) for request in requests],
+        [SamplingParams(**request.params) for request in requests],
+        use_tqdm=False,
+    )
+    return [[Completion.of(output, completion) for completion in output.outputs] for output in outputs]
+
+
+async def _final(server: Server, request: Request) -> list[Completion]:
+    finished: dict[int, Completion] = {}
+    async for output in stream(server, request):
+        for completion in output.outputs:
+            if completion.finish_reason is not None:
+                finished[completion.index] = Completion.of(output, completion)
+    return [finished[index] for index in sorted(finished)]
+
+
+def stream(server: Server, request: Request) -> AsyncIterator[Any]:
+    """vLLM's RequestOutputs of one request, from AsyncLLM."""
+    from vllm import SamplingParams
+
+    generator: AsyncIterator[Any] = server.engine.generate(
+        dict(request.prompt), SamplingParams(**request.params), request_id=uuid.uuid4().hex
+    )
+    return generator
+
+
+def _make(spec: EngineSpec) -> Any:
+    options = dict(spec.options)
+    if spec.arm is Arm.CAPTURING:
+        options.setdefault("enable_return_mm_embedding", True)
+    if spec.interface is Interface.ASYNC_LLM:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(model=spec.model, **options))
+    from vllm import LLM
+
+    return LLM(model=spec.model, disable_log_stats=False, **options)
+
+
+async def _serve(connection: Connection[Any, Any]) -> None:
+    def answer(succeeded: bool, value: Any) -> None:
+        connection.send_bytes(pickle.dumps((succeeded, value)))
+
+    spec: EngineSpec = pickle.loads(connection.recv_bytes())
+    try:
+        if spec.setup is not None:
+            module, _, function = spec.setup.partition(":")
+            getattr(importlib.import_module(module), function)()
+        server = Server(spec, _make(spec))
+    except Exception as error:
+        traceback.print_exc()
+        answer(False, (EngineError(f"did not start: {error}"), ""))
+        return
+    answer(True, None)
+    while (message := pickle.loads(await asyncio.to_thread(connection.recv_bytes))) is not None:
+        function, args, kwargs = message
+        try:
+            result = function(server, *args, **kwargs)
+            answer(True, await result if inspect.isawaitable(result) else result)
+        except Exception as error:
+            trace = traceback.format_exc()
+            print(trace, file=sys.stderr)
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:
+                error = RuntimeError(f"{type(error).__name__}: {error}")
+            answer(False, (error, trace))
+    if spec.interface is Interface.ASYNC_LLM:
+        server.engine.shutdown()
+    else:
+        server.engine.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    with Client(sys.argv[1], "AF_UNIX") as connection_to_parent:
+        asyncio.run(_serve(connection_to_parent))
