@@ -32,6 +32,9 @@ CDIST_ERROR = 1e-6
 ORDER_ROWS = 8192
 """Above this many rows no wrong order is looked for: all pairs of rows would take minutes and gigabytes."""
 
+CLEARLY_BETTER = 5
+"""Rows of different patches are an order of magnitude further apart than even bfloat16 rounds them."""
+
 MOST_BLOCKS = 8
 """How many displaced blocks of rows the explanation names."""
 
@@ -443,15 +446,15 @@ class _Layout:
     def _equal(self, got: torch.Tensor) -> torch.Tensor:
         """bool, shape (len(got), len(table)): the row is within the table row's limit.
 
-        Away from its own place a row must fit at least twice as well: among nearly equal rows, as a plain image has
-        them, a rounding error is no wrong order.
+        Away from its own place a row must fit `CLEARLY_BETTER` times as well: among nearly equal rows, as a plain
+        image has them, a rounding error is no wrong order.
         """
         usable = torch.isfinite(got).all(dim=1)
         distance = torch.cdist(torch.where(usable[:, None], got, 0.0), self.table)
         equal = (distance <= self.limits.clamp(min=CDIST_ERROR) * self.table.norm(dim=1)) & usable[:, None]
         common = torch.arange(min(len(got), self.rows))
         in_place = distance[common, common]
-        fits_better = distance[common] <= in_place[:, None] / 2
+        fits_better = distance[common] <= in_place[:, None] / CLEARLY_BETTER
         fits_better[common, common] = True
         equal[common] &= fits_better
         return equal

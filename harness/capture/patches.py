@@ -7,13 +7,12 @@ signature is the pinned one; otherwise `install` raises and nothing of vLLM is c
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -114,36 +113,43 @@ def when_imported(module: str, callback: Callable[[], None]) -> None:
     For what must be there before vLLM's general plugins are loaded: `LLM(...)` binds its keyword arguments before that.
     """
     loaded = sys.modules.get(module)
-    if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):
-        callback()
+    if loaded is None:
+        sys.meta_path.insert(0, _Finder(module, callback))
+    elif getattr(loaded.__spec__, "_initializing", False):
+        _watch(loaded.__spec__, callback)  # its own imports brought us here
     else:
-        sys.meta_path.insert(0, _PostImport(module, callback))
+        callback()
 
 
-class _PostImport(MetaPathFinder, Loader):
-    """Finds one module by the other finders, once, and runs the callback after the module's code."""
+class _WatchedSpec(ModuleSpec):
+    """Tells when the import of its module is over: importlib then sets `_initializing` to False."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            callback = self.__dict__.pop("_mm_embedding_callback")
+            if self.name in sys.modules:  # otherwise the import failed
+                callback()
+
+
+def _watch(spec: ModuleSpec | None, callback: Callable[[], None]) -> None:
+    assert spec is not None
+    spec.__dict__["_mm_embedding_callback"] = callback
+    spec.__class__ = _WatchedSpec
+
+
+class _Finder(MetaPathFinder):
+    """Finds one module by the other finders, once, and watches its import."""
 
     def __init__(self, module: str, callback: Callable[[], None]) -> None:
         self._module = module
         self._callback = callback
-        self._loader: Any = None
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != self._module or self._loader is not None:
+        if fullname != self._module:
             return None
-        self._loader = self  # so that the look-up below passes by
-        spec = importlib.util.find_spec(fullname)
-        assert spec is not None
-        self._loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)  # type: ignore[no-any-return]
-
-    def exec_module(self, module: ModuleType) -> None:
         sys.meta_path.remove(self)
-        assert module.__spec__ is not None
-        # As without this loader: inspect and pickle ask the module's loader for its source.
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        self._callback()
+        spec = importlib.util.find_spec(fullname)
+        _watch(spec, self._callback)
+        return spec

@@ -1,0 +1,25 @@
+"""Capture changes nothing else: tokens and logprobs with the plugin absent, idle and capturing."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.engine import Arm
+from harness.media import image, video
+from harness.pytest_plugin.subject import Subject
+
+pytestmark = pytest.mark.suite("contract")
+
+
+@pytest.mark.clause("C1", "C4")
+def test_tokens_and_logprobs_are_those_without_the_plugin(subject: Subject, arm: Arm) -> None:
+    prompts = [(image(81), "what?"), (image(82, 64, 128), "and", image(83), "which?"), (video(84), "when?"), ("text",)]
+    requests = [subject.request(*parts, max_tokens=16, logprobs=0, ignore_eos=True) for parts in prompts]
+    truth = subject.engine(Arm.ABSENT).generate(*requests)
+    outputs = subject.engine(arm).generate(*requests)
+    for [expected], [completion], parts in zip(truth, outputs, prompts, strict=True):
+        assert completion.token_ids == expected.token_ids
+        assert completion.logprobs == expected.logprobs
+        assert len(completion.logprobs) == 16
+        assert completion.has_field is (arm is not Arm.ABSENT)
+        assert (completion.mm_embedding is not None) is (arm is Arm.CAPTURING and len(parts) > 1)

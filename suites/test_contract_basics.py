@@ -1,0 +1,163 @@
+"""The contract on vLLM's default processes: what a finished completion carries, and when."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from harness.compare import Tolerance, compare
+from harness.engine import Completion, Engine
+from harness.engine_process import Server
+from harness.media import image
+from harness.pytest_plugin.subject import Subject
+
+pytestmark = pytest.mark.suite("contract")
+
+FIRST, SECOND = image(11, 96, 64), image(12, 64, 160)
+
+
+@pytest.fixture(scope="module")
+def engine(subject: Subject) -> Engine:
+    return subject.engine(in_process=False)
+
+
+@pytest.fixture(scope="module")
+def alone(subject: Subject, engine: Engine) -> dict[str, Completion]:
+    """Each image in a request of its own, one after another: the truth for what comes later."""
+    first = engine.generate(subject.request(FIRST, "one"))[0][0]
+    return {"first": first, "second": engine.generate(subject.request(SECOND, "two"))[0][0]}
+
+
+def embedding(completion: Completion) -> torch.Tensor:
+    assert completion.mm_embedding is not None, "the completion has no mm_embedding"
+    return completion.mm_embedding
+
+
+def assert_same(completion: Completion, *expected: torch.Tensor) -> None:
+    truth = torch.cat(expected)
+    tolerance = Tolerance.float32() if truth.dtype == torch.float32 else Tolerance.measured(truth.float(), truth)
+    comparison = compare(completion.mm_embedding, truth, tolerance=tolerance, items=completion.mm_embedding_items)
+    assert comparison.ok, comparison.explain()
+
+
+@pytest.mark.clause("C1", "C2", "C3")
+def test_a_completion_carries_the_rows_of_its_image(alone: dict[str, Completion]) -> None:
+    rows = embedding(alone["first"])
+    assert rows.device.type == "cpu"
+    assert rows.is_contiguous()
+    assert rows.isfinite().all()
+    items = alone["first"].mm_embedding_items
+    assert items is not None
+    assert [(item.modality, item.start, item.num_rows) for item in items] == [("image", 0, len(rows))]
+    assert items[0].identifier
+    assert not torch.allclose(rows[0], rows[-1]), "the rows do not depend on the image: the test could not fail"
+
+
+@pytest.mark.clause("C3")
+@pytest.mark.parametrize("swapped", [False, True])
+def test_rows_are_the_items_in_prompt_order(
+    subject: Subject, engine: Engine, alone: dict[str, Completion], swapped: bool
+) -> None:
+    parts, names = (FIRST, " and ", SECOND), ["first", "second"]
+    if swapped:
+        parts, names = parts[::-1], names[::-1]
+    completion = engine.generate(subject.request("Compare ", *parts))[0][0]
+    assert_same(completion, *(embedding(alone[name]) for name in names))
+
+
+@pytest.mark.clause("C4")
+def test_a_text_only_request_in_the_batch_gets_none(
+    subject: Subject, engine: Engine, alone: dict[str, Completion]
+) -> None:
+    [text], [with_image] = engine.generate(subject.request("hello"), subject.request("see ", FIRST))
+    assert text.has_field
+    assert (text.mm_embedding, text.mm_embedding_items) == (None, None)
+    assert_same(with_image, embedding(alone["first"]))
+
+
+@pytest.mark.clause("C6")
+@pytest.mark.parametrize("way", ["length", "one token", "stop token", "stop string", "eos"])
+def test_every_way_to_finish_carries_it(
+    subject: Subject, engine: Engine, alone: dict[str, Completion], way: str
+) -> None:
+    free = engine.generate(subject.request(SECOND, "go", max_tokens=8, ignore_eos=True))[0][0]
+    params, reason, cause = {
+        "length": ({"max_tokens": 3, "ignore_eos": True}, "length", None),
+        "one token": ({"max_tokens": 1, "ignore_eos": True}, "length", None),
+        "stop token": ({"max_tokens": 8, "stop_token_ids": free.token_ids[2:3]}, "stop", free.token_ids[2]),
+        "stop string": ({"max_tokens": 8, "stop": [free.text[1:3]], "ignore_eos": True}, "stop", free.text[1:3]),
+        "eos": ({"max_tokens": 8, "logit_bias": {_eos(engine): 100.0}}, "stop", None),
+    }[way]
+    completion = engine.generate(subject.request(SECOND, "go", **params))[0][0]
+    assert (completion.finish_reason, completion.stop_reason) == (reason, cause), f"it did not finish by {way}"
+    assert_same(completion, embedding(alone["second"]))
+
+
+def _eos(engine: Engine) -> int:
+    return engine.call(eos_token_id)
+
+
+def eos_token_id(server: Server) -> int:
+    return int(server.engine.get_tokenizer().eos_token_id)
+
+
+@pytest.mark.clause("C2", "C7")
+def test_every_child_of_n_gets_its_own(subject: Subject, engine: Engine, alone: dict[str, Completion]) -> None:
+    [children] = engine.generate(subject.request(FIRST, "again", n=3, temperature=1.0, seed=5))
+    assert len(children) == 3
+    for child in children:
+        assert_same(child, embedding(alone["first"]))
+    assert engine.call(children_share_memory, subject.request(FIRST, "own", n=2, temperature=1.0)) is False
+
+
+def children_share_memory(server: Server, request: object) -> bool:
+    from vllm import SamplingParams
+
+    prompt, params = request.prompt, request.params  # type: ignore[attr-defined]
+    [output] = server.engine.generate([dict(prompt)], SamplingParams(**params), use_tqdm=False)
+    first, second = output.outputs
+    before = second.mm_embedding.clone()
+    first.mm_embedding.zero_()
+    again = server.engine.generate([dict(prompt)], SamplingParams(**params), use_tqdm=False)[0].outputs[0]
+    return not (torch.equal(second.mm_embedding, before) and torch.equal(again.mm_embedding, before))
+
+
+@pytest.mark.clause("C8")
+def test_levels_come_on_request_and_the_rows_stay_cut(
+    subject: Subject, engine: Engine, alone: dict[str, Completion]
+) -> None:
+    assert alone["first"].mm_embedding_levels is None
+    extra_args = {"return_mm_embedding_levels": True}
+    completion = engine.generate(subject.request(FIRST, "levels", extra_args=extra_args))[0][0]
+    assert_same(completion, embedding(alone["first"]))
+    levels = completion.mm_embedding_levels
+    assert levels is not None
+    assert levels.shape == (3, *embedding(completion).shape)
+    assert levels.abs().amax(dim=(1, 2)).min() > 0
+
+
+@pytest.mark.clause("C10")
+def test_an_opted_out_request_copies_nothing(subject: Subject, engine: Engine) -> None:
+    before = engine.call(capture_stats)
+    request = subject.request(image(13), "no", extra_args={"return_mm_embedding": False})
+    completion = engine.generate(request)[0][0]
+    after = engine.call(capture_stats)
+    assert completion.mm_embedding is None
+    assert (after["captured"], after["misses"], after["hits"]) == (before["captured"], before["misses"], before["hits"])
+
+
+async def capture_stats(server: Server) -> dict[str, int]:
+    stats = await server.capture_stats()
+    assert stats is not None
+    return stats
+
+
+@pytest.mark.clause("C11")
+def test_everything_is_released_at_completion(
+    subject: Subject, engine: Engine, alone: dict[str, Completion], record_property: object
+) -> None:
+    stats = engine.call(capture_stats)
+    record_property("captured", stats["captured"])  # type: ignore[operator]
+    assert stats["captured"] > 0, "nothing was captured: the test could not fail"
+    assert (stats["requests"], stats["leases"]) == (0, 0)
+    assert stats["held_bytes"] == stats["cached_bytes"]

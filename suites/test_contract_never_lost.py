@@ -1,0 +1,125 @@
+"""The contract where embeddings get lost: caches, chunks, budgets and preemption, each proved to have happened."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from harness import observe
+from harness.engine import Completion, Engine, Request
+from harness.media import Media, image
+from harness.pytest_plugin.subject import Subject
+from suites.test_contract_basics import assert_same, capture_stats, embedding
+
+pytestmark = [pytest.mark.suite("contract"), pytest.mark.clause("C7")]
+
+LONG = "a rather long text, so that whole blocks of the prefix cache are filled by it. " * 4
+
+
+@pytest.fixture(scope="module")
+def engine(subject: Subject) -> Engine:
+    return subject.engine()
+
+
+def run(engine: Engine, *requests: Request) -> tuple[list[list[Completion]], observe.Trace]:
+    return engine.call(observe.run, requests)
+
+
+def rows(subject: Subject, engine: Engine, media: Media) -> torch.Tensor:
+    return embedding(engine.generate(subject.request(media, f"alone {media.seed}"))[0][0])
+
+
+def test_prefix_cache_hit(subject: Subject, engine: Engine, record_property: object) -> None:
+    request = subject.request(image(21), LONG)
+    first = engine.generate(request)[0][0]
+    [[again]], trace = run(engine, request)
+    record_property("cached_tokens", again.num_cached_tokens)  # type: ignore[operator]
+    assert again.num_cached_tokens > embedding(first).shape[0] + 20, "the prefix cache did not cover the image"
+    assert sum(trace.encoded) == 0, "the encoder ran all the same"
+    assert_same(again, embedding(first))
+
+
+def test_prefix_cache_hit_on_an_item_that_was_not_captured(subject: Subject, engine: Engine) -> None:
+    opted_out = subject.request(image(22), LONG, extra_args={"return_mm_embedding": False})
+    engine.generate(opted_out)
+    covered = engine.generate(opted_out)[0][0]
+    assert covered.num_cached_tokens > 20, "the prefix cache has nothing: the condition did not happen"
+    before = engine.call(capture_stats)["forced_prefills"]
+    completion = engine.generate(subject.request(image(22), LONG))[0][0]
+    assert engine.call(capture_stats)["forced_prefills"] == before + 1
+    assert_same(completion, rows(subject, engine, image(22)))
+
+
+def test_encoder_cache_hit_of_an_item_that_was_not_captured(subject: Subject, engine: Engine) -> None:
+    engine.generate(subject.request("x", image(23), extra_args={"return_mm_embedding": False}))
+    [[completion]], trace = run(engine, subject.request("other text before it", image(23)))
+    assert sum(trace.encoded) == 0, "the encoder cache did not have the item: the condition did not happen"
+    assert embedding(completion).isfinite().all()
+    assert engine.call(observe_reset) is None
+    assert_same(completion, rows(subject, engine, image(23)))
+
+
+def observe_reset(server: object) -> None:
+    server.core.reset_encoder_cache()  # type: ignore[attr-defined]
+
+
+def test_repeats_in_a_prompt_and_in_a_step(subject: Subject, engine: Engine) -> None:
+    requests = [subject.request(text, image(24), image(24)) for text in "abc"]
+    completions, trace = run(engine, *requests)
+    assert sum(trace.encoded) == 1, "the item was encoded more than once"
+    truth = rows(subject, engine, image(24))
+    for [completion] in completions:
+        assert_same(completion, truth, truth)
+
+
+def test_chunked_prefill_with_several_images(subject: Subject, record_property: object) -> None:
+    engine = subject.engine(max_num_batched_tokens=CHUNK, enable_prefix_caching=False)
+    media = [image(31, 128, 128), image(32, 160, 96), image(33, 96, 160)]
+    request = subject.request(media[0], LONG, media[1], LONG, media[2])
+    [[completion]], trace = run(engine, request)
+    record_property("prefill_steps", len(trace.chunks))  # type: ignore[operator]
+    assert len(trace.chunks) >= 3, f"the prefill took {len(trace.chunks)} steps: it was not chunked"
+    assert sum(step > 0 for step in trace.encoded) >= 2, "all images were encoded in one step"
+    assert_same(completion, *(rows(subject, engine, item) for item in media))
+
+
+CHUNK = 128
+"""Tokens a step; more than the largest image has."""
+
+
+def test_eviction_from_the_encoder_cache_and_encoding_again(subject: Subject) -> None:
+    engine = subject.engine(max_num_batched_tokens=CHUNK, enable_prefix_caching=False, mm_embedding_cache_gb=0.0)
+    media = [image(seed, 224, 224) for seed in range(41, 46)]
+    first = [rows(subject, engine, item) for item in media]
+    [[again]], trace = run(engine, subject.request("again", media[0]))
+    assert sum(trace.encoded) == 1, "the item was still in the encoder cache: the condition did not happen"
+    assert_same(again, first[0])
+
+
+def test_preemption(subject: Subject, record_property: object) -> None:
+    engine = subject.engine(num_gpu_blocks_override=7, max_model_len=512, enable_prefix_caching=False)
+    requests = [
+        subject.request(image(50 + index), LONG[:60], max_tokens=200, ignore_eos=True) for index in range(4)
+    ]
+    completions, trace = run(engine, *requests)
+    record_property("preemptions", trace.preemptions)  # type: ignore[operator]
+    assert trace.preemptions > 0, "no request was preempted: the condition did not happen"
+    for index, [completion] in enumerate(completions):
+        assert_same(completion, rows(subject, engine, image(50 + index)))
+
+
+def test_requests_wait_at_the_memory_cap(subject: Subject) -> None:
+    width = rows(subject, subject.engine(), image(60)).nbytes
+    cap = 2.5 * (width + 128) / 2**30
+    engine = subject.engine(mm_embedding_memory_gb=cap, mm_embedding_cache_gb=0.0)
+    completions = engine.generate(*(subject.request(image(60 + index), "wait") for index in range(6)))
+    assert engine.call(capture_stats)["waits"] > 0, "no request had to wait: the condition did not happen"
+    for index, [completion] in enumerate(completions):
+        assert_same(completion, rows(subject, engine, image(60 + index)))
+
+
+@pytest.mark.clause("C12")
+def test_an_item_above_the_memory_cap_is_an_error_that_says_so(subject: Subject) -> None:
+    engine = subject.engine(mm_embedding_memory_gb=1e-6, mm_embedding_cache_gb=0.0)
+    with pytest.raises(RuntimeError, match="mm_embedding_memory_gb"):
+        engine.generate(subject.request(image(70), "too large"))

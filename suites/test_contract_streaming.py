@@ -1,0 +1,87 @@
+"""The contract on AsyncLLM: streaming, slow consumers, abort."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from harness.engine import Engine, Interface, Request
+from harness.engine_process import Server, stream
+from harness.media import image
+from harness.pytest_plugin.subject import Subject
+from suites.test_contract_basics import capture_stats
+
+pytestmark = pytest.mark.suite("contract")
+
+
+@pytest.fixture(scope="module")
+def engine(subject: Subject) -> Engine:
+    return subject.engine(interface=Interface.ASYNC_LLM, in_process=False, mm_embedding_cache_gb=0.0)
+
+
+async def collect(server: Server, request: Request, kind: str, pause: float) -> list[tuple[int, bool, Any]]:
+    """(tokens, finished, embedding) of every output."""
+    from vllm.sampling_params import RequestOutputKind
+
+    request = Request(request.prompt, {**request.params, "output_kind": RequestOutputKind[kind]})
+    outputs = []
+    async for output in stream(server, request):
+        completion = output.outputs[0]
+        outputs.append((len(completion.token_ids), completion.finished(), completion.mm_embedding))
+        await asyncio.sleep(pause)
+    return outputs
+
+
+@pytest.mark.clause("C1", "C5")
+@pytest.mark.parametrize("pause", [0.0, 0.5], ids=["quick", "slow consumer"])
+@pytest.mark.parametrize("kind", ["DELTA", "CUMULATIVE", "FINAL_ONLY"])
+def test_only_the_final_output_carries_it(subject: Subject, engine: Engine, kind: str, pause: float) -> None:
+    truth = engine.generate(subject.request(image(91), "one", max_tokens=1))[0][0].mm_embedding
+    request = subject.request(image(91), "stream", max_tokens=24, ignore_eos=True)
+    outputs = engine.call(collect, request, kind, pause)
+    if pause and kind != "FINAL_ONLY":
+        assert len(outputs) < 24, "no outputs were merged: the condition did not happen"
+    *others, (_tokens, finished, rows) = outputs
+    assert all(not done and value is None for _count, done, value in others)
+    assert finished
+    assert rows is not None, "the final output has no mm_embedding"
+    assert truth is not None
+    torch.testing.assert_close(rows, truth)
+
+
+async def abort_many(server: Server, requests: list[Request], seed: int) -> int:
+    """Runs all requests and drops each at a random moment; how many were dropped before their end."""
+    moments = random.Random(seed)
+
+    async def one(request: Request, moment: float) -> bool:
+        async def consume() -> None:
+            async for _output in stream(server, request):
+                pass
+
+        task = asyncio.create_task(consume())
+        await asyncio.wait([task], timeout=moment)
+        task.cancel()
+        return not await asyncio.gather(task, return_exceptions=True) == [None]
+
+    aborted = 0
+    for start in range(0, len(requests), 25):
+        batch = requests[start : start + 25]
+        aborted += sum(await asyncio.gather(*(one(request, moments.uniform(0.0, 0.4)) for request in batch)))
+    await asyncio.sleep(0.5)
+    return aborted
+
+
+@pytest.mark.clause("C11")
+def test_aborts_leave_nothing(subject: Subject, engine: Engine, record_property: object) -> None:
+    requests = [subject.request(image(seed % 50), "long", max_tokens=60, ignore_eos=True) for seed in range(1000)]
+    aborted = engine.call(abort_many, requests, 1)
+    stats = engine.call(capture_stats)
+    record_property("aborted", aborted)  # type: ignore[operator]
+    assert aborted > 500, "most requests were done before their abort: the condition did not happen"
+    assert stats["captured"] > 0
+    assert (stats["requests"], stats["leases"], stats["items"], stats["held_bytes"]) == (0, 0, 0, 0), stats
+    assert engine.generate(subject.request(image(92), "alive"))[0][0].mm_embedding is not None

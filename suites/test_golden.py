@@ -1,0 +1,55 @@
+"""Captured embeddings against the recorded ones: did the answer change, or its input?"""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from harness import cases
+from harness.compare import Tolerance
+from harness.goldens import GoldenInputs, Goldens, hash_tensors, hash_token_ids
+from harness.pytest_plugin.subject import Subject
+from harness.reference import Reference
+from suites.test_reference import check, reference
+
+__all__ = ["reference"]
+pytestmark = pytest.mark.suite("golden")
+
+
+def test_golden(
+    subject: Subject,
+    reference: Reference,
+    goldens: Goldens,
+    case: str,
+    versions: dict[str, str],
+    pytestconfig: pytest.Config,
+    record_property: object,
+) -> None:
+    if not subject.embedded:
+        pytest.skip("goldens are of the embedded checkpoints, in float32")
+    trace, completion, verdict = check(subject, reference, case)
+    parts = cases.CASES[case]
+    processed = {
+        f"{index}.{name}": tensor for index, item in enumerate(trace.processed[0]) for name, tensor in item.data.items()
+    }
+    weights = hashlib.sha256((subject.path / "model.safetensors").read_bytes()).hexdigest()
+    found = goldens.verify(
+        case,
+        completion.mm_embedding,  # type: ignore[attr-defined]
+        inputs=GoldenInputs(
+            prompt=cases.text(subject.spec, parts),
+            media=cases.digest(parts),
+            token_ids=hash_token_ids(completion.prompt_token_ids),  # type: ignore[attr-defined]
+            weights=weights,
+            processor=hash_tensors(processed),
+        ),
+        items=completion.mm_embedding_items or [],  # type: ignore[attr-defined]
+        tolerance=Tolerance.float32(),
+        reference_ok=verdict,
+        versions=versions,
+        update=pytestconfig.getoption("--golden-update"),
+    )
+    if found.comparison is not None:
+        record_property("comparison", found.comparison.summary)  # type: ignore[operator]
+    assert found.ok, found.message
