@@ -6,6 +6,7 @@ own processes are the child's children. Everything that they print goes to the e
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import pickle
@@ -13,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from torch import Tensor
 
@@ -204,8 +205,14 @@ class Engine:
                     break
         raise self._died("did not come up")
 
-    def call(self, function: Callable[..., T], *args: Any, timeout: float = 600.0, **kwargs: Any) -> T:
-        """Runs `function(engine_process.Server, *args, **kwargs)` in the child and returns its result.
+    @overload
+    def call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any, timeout: float = ...) -> T: ...
+
+    @overload
+    def call(self, function: Callable[..., T], *args: Any, timeout: float = ...) -> T: ...
+
+    def call(self, function: Callable[..., Any], *args: Any, timeout: float = 600.0) -> Any:
+        """Runs `function(engine_process.Server, *args)` in the child and returns its result.
 
         The function must be importable there, and its arguments and its result picklable. It may be a coroutine.
 
@@ -213,9 +220,8 @@ class Engine:
             EngineError: the engine died or did not answer in `timeout` seconds.
             Exception: what the function raised, with the child's traceback as its cause.
         """
-        self._send((function, args, kwargs))
-        result: T = self._receive(timeout)
-        return result
+        self._send((function, args))
+        return self._receive(timeout)
 
     def generate(self, *requests: Request) -> list[list[Completion]]:
         """The completions of each request, run together, in order."""
@@ -273,8 +279,6 @@ class Engine:
 
     def kill(self) -> None:
         """Ends the child and vLLM's processes at once."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, 9)
-        except ProcessLookupError:
-            pass
         self._process.wait()

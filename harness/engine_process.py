@@ -1,4 +1,7 @@
-"""The child process of engine.py: makes the engine, then runs what it is sent. `python -m harness.engine_process SOCKET`."""
+"""The child process of engine.py: makes the engine, then runs what it is sent.
+
+`python -m harness.engine_process SOCKET`.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class Server:
         """Sum of a vLLM counter, such as "vllm:num_preemptions"."""
         from vllm.v1.metrics.reader import get_metrics_snapshot
 
-        return sum(metric.value for metric in get_metrics_snapshot() if metric.name == name)  # type: ignore[attr-defined]
+        return sum(metric.value for metric in get_metrics_snapshot() if metric.name == name)
 
 
 async def generate(server: Server, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -114,22 +117,22 @@ async def _serve(connection: Connection[Any, Any]) -> None:
             module, _, function = spec.setup.partition(":")
             getattr(importlib.import_module(module), function)()
         server = Server(spec, _make(spec))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent reports it
         traceback.print_exc()
         answer(False, (EngineError(f"did not start: {error}"), ""))
         return
     answer(True, None)
     while (message := pickle.loads(await asyncio.to_thread(connection.recv_bytes))) is not None:
-        function, args, kwargs = message
+        function, args = message
         try:
-            result = function(server, *args, **kwargs)
+            result = function(server, *args)
             answer(True, await result if inspect.isawaitable(result) else result)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - likewise
             trace = traceback.format_exc()
-            print(trace, file=sys.stderr)
+            sys.stderr.write(trace)
             try:
                 pickle.loads(pickle.dumps(error))
-            except Exception:
+            except Exception:  # noqa: BLE001 - pickling runs the exception's own code
                 error = RuntimeError(f"{type(error).__name__}: {error}")
             answer(False, (error, trace))
     if spec.interface is Interface.ASYNC_LLM:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +53,10 @@ async def run(server: Server, requests: Sequence[Request]) -> tuple[list[list[Co
         return await generate(server, requests), trace
 
 
+def _tensors(data: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: element.data for name, element in data.items() if isinstance(element.data, Tensor)}
+
+
 @contextmanager
 def _recorded(server: Server, trace: Trace) -> Iterator[None]:
     processor, scheduler = server.engine.llm_engine.input_processor, server.core.scheduler
@@ -67,7 +71,7 @@ def _recorded(server: Server, trace: Trace) -> Iterator[None]:
                 ProcessedItem(
                     feature.modality,
                     feature.mm_position.get_num_embeds(),
-                    {name: element.data for name, element in feature.data.items()} if feature.data else {},
+                    _tensors(feature.data or {}),
                 )
                 for feature in features
             ]

@@ -52,7 +52,7 @@ class Reference:
             normalised(item.data[pixels], processor.image_mean, processor.image_std).to(self._dtype),
             item.data[grid].reshape(-1, 3),
         )
-        return torch.cat(list(output.pooler_output)), torch.stack(list(output.deepstack_features))
+        return torch.cat(output.pooler_output), torch.stack([torch.cat(level) for level in output.deepstack_features])
 
     @torch.inference_mode()
     def generate(self, text: str, media: dict[str, list[Any]], max_new_tokens: int) -> list[int]:

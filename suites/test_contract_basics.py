@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from harness.compare import Tolerance, compare
-from harness.engine import Completion, Engine
+from harness.engine import Completion, Engine, Request
 from harness.engine_process import Server
 from harness.media import image
 from harness.pytest_plugin.subject import Subject
@@ -81,13 +84,14 @@ def test_every_way_to_finish_carries_it(
     subject: Subject, engine: Engine, alone: dict[str, Completion], way: str
 ) -> None:
     free = engine.generate(subject.request(SECOND, "go", max_tokens=8, ignore_eos=True))[0][0]
-    params, reason, cause = {
+    ways: dict[str, tuple[dict[str, Any], str, int | str | None]] = {
         "length": ({"max_tokens": 3, "ignore_eos": True}, "length", None),
         "one token": ({"max_tokens": 1, "ignore_eos": True}, "length", None),
         "stop token": ({"max_tokens": 8, "stop_token_ids": free.token_ids[2:3]}, "stop", free.token_ids[2]),
         "stop string": ({"max_tokens": 8, "stop": [free.text[1:3]], "ignore_eos": True}, "stop", free.text[1:3]),
         "eos": ({"max_tokens": 8, "logit_bias": {_eos(engine): 100.0}}, "stop", None),
-    }[way]
+    }
+    params, reason, cause = ways[way]
     completion = engine.generate(subject.request(SECOND, "go", **params))[0][0]
     assert (completion.finish_reason, completion.stop_reason) == (reason, cause), f"it did not finish by {way}"
     assert_same(completion, embedding(alone["second"]))
@@ -110,10 +114,10 @@ def test_every_child_of_n_gets_its_own(subject: Subject, engine: Engine, alone: 
     assert engine.call(children_share_memory, subject.request(FIRST, "own", n=2, temperature=1.0)) is False
 
 
-def children_share_memory(server: Server, request: object) -> bool:
+def children_share_memory(server: Server, request: Request) -> bool:
     from vllm import SamplingParams
 
-    prompt, params = request.prompt, request.params  # type: ignore[attr-defined]
+    prompt, params = request.prompt, request.params
     [output] = server.engine.generate([dict(prompt)], SamplingParams(**params), use_tqdm=False)
     first, second = output.outputs
     before = second.mm_embedding.clone()
@@ -154,10 +158,10 @@ async def capture_stats(server: Server) -> dict[str, int]:
 
 @pytest.mark.clause("C11")
 def test_everything_is_released_at_completion(
-    subject: Subject, engine: Engine, alone: dict[str, Completion], record_property: object
+    subject: Subject, engine: Engine, alone: dict[str, Completion], record_property: Callable[[str, object], None]
 ) -> None:
     stats = engine.call(capture_stats)
-    record_property("captured", stats["captured"])  # type: ignore[operator]
+    record_property("captured", stats["captured"])
     assert stats["captured"] > 0, "nothing was captured: the test could not fail"
     assert (stats["requests"], stats["leases"]) == (0, 0)
     assert stats["held_bytes"] == stats["cached_bytes"]

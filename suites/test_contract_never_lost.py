@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from harness import observe
 from harness.engine import Completion, Engine, Request
+from harness.engine_process import Server
 from harness.media import Media, image
 from harness.pytest_plugin.subject import Subject
 from suites.test_contract_basics import assert_same, capture_stats, embedding
@@ -29,11 +32,11 @@ def rows(subject: Subject, engine: Engine, media: Media) -> torch.Tensor:
     return embedding(engine.generate(subject.request(media, f"alone {media.seed}"))[0][0])
 
 
-def test_prefix_cache_hit(subject: Subject, engine: Engine, record_property: object) -> None:
+def test_prefix_cache_hit(subject: Subject, engine: Engine, record_property: Callable[[str, object], None]) -> None:
     request = subject.request(image(21), LONG)
     first = engine.generate(request)[0][0]
     [[again]], trace = run(engine, request)
-    record_property("cached_tokens", again.num_cached_tokens)  # type: ignore[operator]
+    record_property("cached_tokens", again.num_cached_tokens)
     assert again.num_cached_tokens > embedding(first).shape[0] + 20, "the prefix cache did not cover the image"
     assert sum(trace.encoded) == 0, "the encoder ran all the same"
     assert_same(again, embedding(first))
@@ -59,8 +62,8 @@ def test_encoder_cache_hit_of_an_item_that_was_not_captured(subject: Subject, en
     assert_same(completion, rows(subject, engine, image(23)))
 
 
-def observe_reset(server: object) -> None:
-    server.core.reset_encoder_cache()  # type: ignore[attr-defined]
+def observe_reset(server: Server) -> None:
+    server.core.reset_encoder_cache()
 
 
 def test_repeats_in_a_prompt_and_in_a_step(subject: Subject, engine: Engine) -> None:
@@ -72,12 +75,12 @@ def test_repeats_in_a_prompt_and_in_a_step(subject: Subject, engine: Engine) -> 
         assert_same(completion, truth, truth)
 
 
-def test_chunked_prefill_with_several_images(subject: Subject, record_property: object) -> None:
+def test_chunked_prefill_with_several_images(subject: Subject, record_property: Callable[[str, object], None]) -> None:
     engine = subject.engine(max_num_batched_tokens=CHUNK, enable_prefix_caching=False)
     media = [image(31, 128, 128), image(32, 160, 96), image(33, 96, 160)]
     request = subject.request(media[0], LONG, media[1], LONG, media[2])
     [[completion]], trace = run(engine, request)
-    record_property("prefill_steps", len(trace.chunks))  # type: ignore[operator]
+    record_property("prefill_steps", len(trace.chunks))
     assert len(trace.chunks) >= 3, f"the prefill took {len(trace.chunks)} steps: it was not chunked"
     assert sum(step > 0 for step in trace.encoded) >= 2, "all images were encoded in one step"
     assert_same(completion, *(rows(subject, engine, item) for item in media))
@@ -96,13 +99,11 @@ def test_eviction_from_the_encoder_cache_and_encoding_again(subject: Subject) ->
     assert_same(again, first[0])
 
 
-def test_preemption(subject: Subject, record_property: object) -> None:
+def test_preemption(subject: Subject, record_property: Callable[[str, object], None]) -> None:
     engine = subject.engine(num_gpu_blocks_override=7, max_model_len=512, enable_prefix_caching=False)
-    requests = [
-        subject.request(image(50 + index), LONG[:60], max_tokens=200, ignore_eos=True) for index in range(4)
-    ]
+    requests = [subject.request(image(50 + index), LONG[:60], max_tokens=200, ignore_eos=True) for index in range(4)]
     completions, trace = run(engine, *requests)
-    record_property("preemptions", trace.preemptions)  # type: ignore[operator]
+    record_property("preemptions", trace.preemptions)
     assert trace.preemptions > 0, "no request was preempted: the condition did not happen"
     for index, [completion] in enumerate(completions):
         assert_same(completion, rows(subject, engine, image(50 + index)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import pytest
 
@@ -24,7 +25,7 @@ def test_golden(
     case: str,
     versions: dict[str, str],
     pytestconfig: pytest.Config,
-    record_property: object,
+    record_property: Callable[[str, object], None],
 ) -> None:
     if not subject.embedded:
         pytest.skip("goldens are of the embedded checkpoints, in float32")
@@ -36,20 +37,20 @@ def test_golden(
     weights = hashlib.sha256((subject.path / "model.safetensors").read_bytes()).hexdigest()
     found = goldens.verify(
         case,
-        completion.mm_embedding,  # type: ignore[attr-defined]
+        completion.mm_embedding,
         inputs=GoldenInputs(
             prompt=cases.text(subject.spec, parts),
             media=cases.digest(parts),
-            token_ids=hash_token_ids(completion.prompt_token_ids),  # type: ignore[attr-defined]
+            token_ids=hash_token_ids(completion.prompt_token_ids),
             weights=weights,
             processor=hash_tensors(processed),
         ),
-        items=completion.mm_embedding_items or [],  # type: ignore[attr-defined]
+        items=completion.mm_embedding_items or [],
         tolerance=Tolerance.float32(),
         reference_ok=verdict,
         versions=versions,
         update=pytestconfig.getoption("--golden-update"),
     )
     if found.comparison is not None:
-        record_property("comparison", found.comparison.summary)  # type: ignore[operator]
+        record_property("comparison", found.comparison.summary)
     assert found.ok, found.message

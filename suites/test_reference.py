@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from harness import cases, observe
 from harness.compare import Comparison, Tolerance, compare
+from harness.engine import Completion
 from harness.pytest_plugin.subject import Subject
 from harness.reference import Reference
 
@@ -18,7 +21,7 @@ def reference(subject: Subject) -> Reference:
     return Reference(subject.path)
 
 
-def check(subject: Subject, reference: Reference, case: str) -> tuple[observe.Trace, object, Comparison]:
+def check(subject: Subject, reference: Reference, case: str) -> tuple[observe.Trace, Completion, Comparison]:
     engine = subject.engine(mm_processor_cache_gb=0.0)
     request = subject.request(*cases.CASES[case], extra_args={"return_mm_embedding_levels": True})
     [[completion]], trace = engine.call(observe.run, [request])
@@ -37,11 +40,14 @@ def check(subject: Subject, reference: Reference, case: str) -> tuple[observe.Tr
 
 
 @pytest.mark.clause("C3", "C8")
-def test_encoder(subject: Subject, reference: Reference, case: str, record_property: object) -> None:
+def test_encoder(
+    subject: Subject, reference: Reference, case: str, record_property: Callable[[str, object], None]
+) -> None:
     trace, completion, comparison = check(subject, reference, case)
-    record_property("comparison", comparison.summary)  # type: ignore[operator]
+    record_property("comparison", comparison.summary)
     assert comparison.ok, comparison.explain()
-    items = completion.mm_embedding_items  # type: ignore[attr-defined]
+    items = completion.mm_embedding_items
+    assert items is not None
     assert [item.num_rows for item in items] == [item.num_embeds for item in trace.processed[0]]
 
 

@@ -40,7 +40,7 @@ def register() -> None:
     """Entry point of the group `vllm.general_plugins`: the whole plugin.
 
     Raises:
-        UnsupportedVLLM: the installed vLLM is not one that the plugin knows; nothing was changed.
+        UnsupportedVLLMError: the installed vLLM is not one that the plugin knows; nothing was changed.
     """
     if _is_native():
         return

@@ -29,7 +29,7 @@ def install_options_on_engine_args() -> None:
     _accept_options(AsyncEngineArgs)
 
 
-def _accept_options(cls: type) -> None:
+def _accept_options(cls: Any) -> None:
     """Makes a dataclass take the options as keyword arguments and have them as attributes.
 
     Not as fields: a dataclass is complete when it is made. Hence `dataclasses.replace` drops them, pickle and deepcopy
@@ -40,14 +40,14 @@ def _accept_options(cls: type) -> None:
         return
 
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         given = {option.name: kwargs.pop(option.name) for option in OPTIONS if option.name in kwargs}
         original(self, *args, **kwargs)
         for name, value in given.items():
             setattr(self, name, value)
 
-    __init__._takes_mm_embedding_options = True  # type: ignore[attr-defined]
-    cls.__init__ = __init__  # type: ignore[misc]
+    initialise._takes_mm_embedding_options = True  # type: ignore[attr-defined]
+    cls.__init__ = initialise
     for option in OPTIONS:
         if option.name not in cls.__dict__:
             setattr(cls, option.name, option.default)

@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 def _activate(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def __init__(self: Executor, vllm_config: VllmConfig) -> None:
+    def initialise(self: Executor, vllm_config: VllmConfig) -> None:
         from harness.capture.connector import activated  # imports the scheduler, which is not for every process
 
         with activated(self, vllm_config):
             original(self, vllm_config)
 
-    return __init__
+    return initialise
 
 
 def _capture_of(scheduler: Scheduler) -> SchedulerCapture | None:
     config = scheduler.vllm_config.ec_transfer_config
     if config is None or config.ec_connector != CONNECTOR:
         return None
-    capture: SchedulerCapture = scheduler.ec_connector.capture  # type: ignore[union-attr]
+    capture: SchedulerCapture = scheduler.ec_connector.capture
     return capture
 
 
@@ -47,7 +47,7 @@ def _deliver(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> dict[int, EngineCoreOutputs]:
         capture = _capture_of(self)
         if capture is None:
-            return original(self, scheduler_output, model_runner_output)  # type: ignore[no-any-return]
+            return original(self, scheduler_output, model_runner_output)
         outputs: dict[int, EngineCoreOutputs] = {}
         capture.begin_update()
         try:
@@ -75,10 +75,10 @@ def install_stats() -> None:
 
     def mm_embedding_stats(self: EngineCore) -> dict[str, int] | None:
         """Counts of the store (store.Stats) and of forced prefills; None where capture is off."""
-        capture = _capture_of(self.scheduler)  # type: ignore[arg-type]
+        capture = _capture_of(self.scheduler)
         return None if capture is None else capture.stats()
 
-    EngineCore.mm_embedding_stats = mm_embedding_stats  # type: ignore[attr-defined]
+    EngineCore.mm_embedding_stats = mm_embedding_stats
 
 
 PATCHES = (

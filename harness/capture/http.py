@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def encode(tensor: Tensor) -> dict[str, Any]:
-    """A tensor as JSON: {"dtype": name in torch, "shape": list, "data": base64 of the row-major little-endian bytes}."""
+    """A tensor as JSON: {"dtype": torch's name, "shape": list, "data": base64 of its row-major little-endian bytes}."""
     data = base64.b64encode(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).decode()
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "data": data}
 
@@ -39,12 +39,12 @@ def decode(value: dict[str, Any]) -> Tensor:
 
 
 def _fields(completion: CompletionOutput) -> dict[str, Any]:
-    if completion.mm_embedding is None:  # type: ignore[attr-defined]
+    if completion.mm_embedding is None:
         return {"mm_embedding": None}
-    items = [dataclasses.asdict(item) for item in completion.mm_embedding_items]  # type: ignore[attr-defined]
-    fields = {"mm_embedding": {**encode(completion.mm_embedding), "items": items}}  # type: ignore[attr-defined]
-    if completion.mm_embedding_levels is not None:  # type: ignore[attr-defined]
-        fields["mm_embedding_levels"] = encode(completion.mm_embedding_levels)  # type: ignore[attr-defined]
+    items = [dataclasses.asdict(item) for item in completion.mm_embedding_items]
+    fields = {"mm_embedding": {**encode(completion.mm_embedding), "items": items}}
+    if completion.mm_embedding_levels is not None:
+        fields["mm_embedding_levels"] = encode(completion.mm_embedding_levels)
     return fields
 
 

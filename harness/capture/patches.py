@@ -23,7 +23,7 @@ SUPPORTED = ("0.32", "0.33")
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class UnsupportedVLLM(RuntimeError):
+class UnsupportedVLLMError(RuntimeError):
     """The installed vLLM is not one that the plugin knows."""
 
 
@@ -52,11 +52,11 @@ def vllm_version() -> str:
     """Version of the installed vLLM, from vLLM itself (its distribution has several names).
 
     Raises:
-        UnsupportedVLLM: not one of SUPPORTED.
+        UnsupportedVLLMError: not one of SUPPORTED.
     """
     version = str(importlib.import_module("vllm.version").__version__)
     if not any(version == known or version.startswith(known + ".") for known in SUPPORTED):
-        raise UnsupportedVLLM(
+        raise UnsupportedVLLMError(
             f"vllm-mm-embedding supports vLLM {' and '.join(SUPPORTED)} and found {version}: install one of them, "
             "uninstall vllm-mm-embedding, or leave it out with VLLM_PLUGINS."
         )
@@ -67,7 +67,7 @@ def install(patches: Iterable[Patch]) -> None:
     """Wraps every target that is not wrapped yet; all of them or, on an error, none.
 
     Raises:
-        UnsupportedVLLM: a target is missing or has another signature.
+        UnsupportedVLLMError: a target is missing or has another signature.
     """
     found = [(patch, *_resolve(patch)) for patch in patches]
     for patch, owner, original in found:
@@ -92,11 +92,11 @@ def _resolve(patch: Patch) -> tuple[Any, Any]:
         owner = getattr(owner, part, None)
     target = inspect.getattr_static(owner, attribute, None)
     if target is None:
-        raise UnsupportedVLLM(_changed(patch, "is gone"))
+        raise UnsupportedVLLMError(_changed(patch, "is gone"))
     if _patch_of(target) is None:
         parameters = tuple(inspect.signature(getattr(target, "__func__", target)).parameters)
         if parameters != patch.parameters:
-            raise UnsupportedVLLM(_changed(patch, f"takes {parameters} and not {patch.parameters}"))
+            raise UnsupportedVLLMError(_changed(patch, f"takes {parameters} and not {patch.parameters}"))
     return owner, target
 
 
@@ -128,14 +128,15 @@ class _WatchedSpec(ModuleSpec):
         object.__setattr__(self, name, value)
         if name == "_initializing" and not value:
             self.__class__ = ModuleSpec  # type: ignore[assignment]
-            callback = self.__dict__.pop("_mm_embedding_callback")
+            callbacks = self.__dict__.pop("_mm_embedding_callbacks")
             if self.name in sys.modules:  # otherwise the import failed
-                callback()
+                for callback in callbacks:
+                    callback()
 
 
 def _watch(spec: ModuleSpec | None, callback: Callable[[], None]) -> None:
     assert spec is not None
-    spec.__dict__["_mm_embedding_callback"] = callback
+    spec.__dict__.setdefault("_mm_embedding_callbacks", []).append(callback)
     spec.__class__ = _WatchedSpec
 
 
@@ -146,7 +147,7 @@ class _Finder(MetaPathFinder):
         self._module = module
         self._callback = callback
 
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, _path: Any, _target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != self._module:
             return None
         sys.meta_path.remove(self)

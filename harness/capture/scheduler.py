@@ -157,7 +157,8 @@ class SchedulerCapture:
                 for feature in features
             ]
             if request.resumable:
-                return self._fail(request, "it is a streaming-input session; send its items in one prompt")
+                self._fail(request, "it is a streaming-input session; send its items in one prompt")
+                return None
             try:
                 if not self.store.acquire(request.request_id, items):
                     logger.info_once(
@@ -166,7 +167,8 @@ class SchedulerCapture:
                     )
                     return None
             except ItemTooLarge as error:
-                return self._fail(request, f"{error} (mm_embedding_memory_gb)")
+                self._fail(request, f"{error} (mm_embedding_memory_gb)")
+                return None
             capture = _Capture(items, features)
         self._captures[request.request_id] = capture
         return capture

@@ -112,8 +112,8 @@ def cannot_capture(vllm_config: VllmConfig) -> str | None:
     remote_engines = parallel_config.data_parallel_size_local < parallel_config.data_parallel_size
     if parallel_config.nnodes > 1 or (remote_engines and not parallel_config.local_engines_only):
         return (
-            "embeddings go through shared memory and the engine spans several hosts (nnodes, data_parallel_size_local); "
-            "run one engine a host"
+            "embeddings go through shared memory and the engine spans several hosts (nnodes, "
+            "data_parallel_size_local); run one engine a host"
         )
     if parallel_config.distributed_executor_backend == "ray":
         return "distributed_executor_backend is 'ray'; use 'mp'"

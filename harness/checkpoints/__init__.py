@@ -7,7 +7,10 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 CACHE_VARIABLE = "VLLM_MM_EMBEDDING_CACHE"
 """Environment variable with the folder for built checkpoints."""
@@ -82,7 +85,7 @@ def _save(recipe: str, folder: Path, size: Size, dtype: str) -> None:
     processor.save_pretrained(folder)
 
 
-def _full_size(model_class: type, config: object, dtype: object) -> object:
+def _full_size(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """Torch's generator: billions of weights of the numpy one would take minutes, and no golden pins them."""
     import torch
 

@@ -85,10 +85,12 @@ def qwen3_vl(full: bool) -> Recipe:
     )
     largest = 4096 if full else 256
     size = {"shortest_edge": 64 * 64, "longest_edge": largest * largest}
+    # As published. Where the two differ, vLLM normalises videos with the image processor's numbers.
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     processor = transformers.Qwen3VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(patch_size=16, size=size),
+        image_processor=transformers.Qwen2VLImageProcessor(patch_size=16, size=size, **half),
         tokenizer=tokenizer,
-        video_processor=transformers.Qwen3VLVideoProcessor(patch_size=16, size=size),
+        video_processor=transformers.Qwen3VLVideoProcessor(patch_size=16, size=size, **half),
         chat_template=tokenizers.chat_template(
             {
                 "image": "<|vision_start|><|image_pad|><|vision_end|>",

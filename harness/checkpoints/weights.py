@@ -18,7 +18,9 @@ def uniform(key: str, shape: tuple[int, ...]) -> np.ndarray:
     arithmetic: no library's notion of a distribution enters, and no rounding.
     """
     digest = hashlib.sha256(key.encode()).digest()
-    words = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(int(np.prod(shape, dtype=np.int64)))
+    words = np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(
+        int(np.prod(shape, dtype=np.int64))
+    )
     return ((words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)).reshape(shape)
 
 

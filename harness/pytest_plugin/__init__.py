@@ -63,7 +63,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         pairs = [(model, case) for model in models for case in model[0].cases]
         metafunc.parametrize(
-            ("subject", "case"), pairs, indirect=["subject"], ids=[f"{m[0].name}-{c}" for m, c in pairs], scope="session"
+            ("subject", "case"),
+            pairs,
+            indirect=["subject"],
+            ids=[f"{m[0].name}-{c}" for m, c in pairs],
+            scope="session",
         )
     elif "subject" in metafunc.fixturenames:
         metafunc.parametrize("subject", models, indirect=True, ids=[spec.name for spec, _ in models], scope="session")

@@ -31,7 +31,7 @@ class Recorder:
                 self._results = Results(environment.describe())
             broken = report.when != "call" or (call.excinfo is not None and call.excinfo.errisinstance(EngineError))
             outcome: Outcome = "error" if report.outcome == "failed" and broken else report.outcome
-            properties = dict(item.user_properties)
+            properties: dict[str, Any] = dict(item.user_properties)
             parameters = getattr(getattr(item, "callspec", None), "params", {})
             subject = parameters.get("subject")
             self._results.add(

@@ -1,0 +1,116 @@
+"""The contract through the real `vllm serve` and the real OpenAI client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from harness.capture.http import decode
+from harness.engine import EngineError
+from harness.media import image
+from harness.pytest_plugin.subject import Subject
+
+pytestmark = [pytest.mark.suite("contract"), pytest.mark.clause("C13")]
+
+
+@pytest.fixture(scope="module")
+def client(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    subject.pool.shutdown()  # their memory is needed, and none is used here
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(subject.path), "--served-model-name", "model"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager"]
+    command += ["--max-num-seqs", "8", "--enable-return-mm-embedding"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        _wait_until_healthy(server, address, log)
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as api:
+            yield api
+    finally:
+        os.killpg(server.pid, 15)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, 9)
+            server.wait()
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{address}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise EngineError(f"`vllm serve` did not come up. Its log ends:\n{log.read_text()[-3000:]}")
+
+
+def ask(client: openai.OpenAI, **options: Any) -> Any:
+    buffer = io.BytesIO()
+    image(101).content.save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
+    return client.chat.completions.create(
+        model="model",
+        messages=[{"role": "user", "content": content}],  # type: ignore[list-item, misc]
+        max_completion_tokens=5,
+        temperature=0,
+        **options,
+    )
+
+
+ASKED = {"extra_body": {"vllm_xargs": {"return_mm_embedding": True}}}
+
+
+def test_the_json_is_unchanged_unless_asked(client: openai.OpenAI) -> None:
+    plain, asked = ask(client).model_dump(), ask(client, **ASKED).model_dump()
+    assert "mm_embedding" not in str(plain)
+    [choice], [asked_choice] = plain["choices"], asked["choices"]
+    assert set(asked_choice) - set(choice) == {"mm_embedding"}
+    assert asked_choice["message"]["content"] == choice["message"]["content"]
+    assert set(plain) == set(asked)
+
+
+@pytest.mark.clause("C1", "C5")
+def test_streaming_carries_it_on_the_last_chunk(client: openai.OpenAI) -> None:
+    whole = decode(ask(client, **ASKED).choices[0].mm_embedding)
+    chunks = [chunk.choices[0] for chunk in ask(client, stream=True, **ASKED) if chunk.choices]
+    *others, last = chunks
+    assert others
+    assert all(not hasattr(choice, "mm_embedding") for choice in others)
+    assert last.finish_reason is not None
+    torch.testing.assert_close(decode(last.mm_embedding), whole)
+    assert not any(hasattr(chunk.choices[0], "mm_embedding") for chunk in ask(client, stream=True) if chunk.choices)
+
+
+@pytest.mark.clause("C2", "C3")
+def test_it_is_the_embedding(client: openai.OpenAI, subject: Subject) -> None:
+    value = ask(client, **ASKED).choices[0].mm_embedding
+    rows = decode(value)
+    assert [(item["modality"], item["start"], item["num_rows"]) for item in value["items"]] == [("image", 0, len(rows))]
+    truth = subject.engine().generate(subject.request(image(101), "server"))[0][0].mm_embedding
+    assert truth is not None
+    torch.testing.assert_close(rows.float(), truth.float(), rtol=0.1, atol=0.1)

@@ -1,0 +1,81 @@
+"""Embedded checkpoints: the same bits everywhere, complete or not there."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from harness import checkpoints, matrix
+from harness.checkpoints import weights
+from harness.reference import normalised
+
+
+def test_the_generator_is_bit_stable() -> None:
+    values = weights.uniform("0/model.weight", (3, 5))
+    assert hashlib.sha256(values.tobytes()).hexdigest() == UNIFORM
+    assert values.dtype == np.float32
+    assert -1 <= values.min() < values.max() < 1
+    assert not np.array_equal(values, weights.uniform("0/model.bias", (3, 5)))
+
+
+def test_the_checkpoint_has_the_pinned_bytes() -> None:
+    folder = checkpoints.build("qwen3_vl")
+    assert {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("model.safetensors", "tokenizer.json")
+    } == FILES
+
+
+UNIFORM = "18d24a8f0322f665f9d2b73d04459bc719c0cfb272dc28ca74b0cfb0bedd31cd"
+FILES = {
+    "model.safetensors": "6c42d0f6b6d469b3e80fb3fdd0944289f6a688dac2f722840af6df21b8819dd1",
+    "tokenizer.json": "77ce1e62b9adf1c82e29d18a13acfa207ae1234fe3f61c4b0a8b9730cb7464c9",
+}
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_recipe: str, folder: Path, _size: str, _dtype: str) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_save", full)
+    monkeypatch.setenv(checkpoints.CACHE_VARIABLE, str(tmp_path))
+    with pytest.raises(checkpoints.CheckpointError, match=r"No space left.*set VLLM_MM_EMBEDDING_CACHE"):
+        checkpoints.build("qwen3_vl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_raw_pixels_are_normalised_by_channel() -> None:
+    pixels = torch.tensor([[0, 255, 51, 102]], dtype=torch.uint8)  # two channels of two values
+    expected = torch.tensor([[-1.0, 1.0, -0.6, 0.2]])
+    torch.testing.assert_close(normalised(pixels, [0.5, 0.5], [0.5, 0.25])[:, :2], expected[:, :2])
+    torch.testing.assert_close(normalised(pixels, [0.5, 0.5], [0.5, 0.25])[:, 2:], torch.tensor([[-1.2, -0.4]]))
+    assert torch.equal(normalised(expected, [0.5, 0.5], [0.5, 0.5]), expected)
+
+
+def test_an_unknown_model_lists_the_known_ones() -> None:
+    with pytest.raises(matrix.UnknownModelError, match=r"no model 'qwen9': known are .*qwen3_vl"):
+        matrix.find("qwen9")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("cases: 3", "'cases' must be a list"),
+        ("colour: red", "unknown key 'colour'"),
+        ("- a", "must be a mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path: Path, change: str, message: str) -> None:
+    path = tmp_path / "model.yaml"
+    good = (matrix.FOLDER / "qwen3_vl.yaml").read_text()
+    path.write_text(change if change.startswith(("-", "a:")) else good.replace("independent", "x") + change)
+    if change.startswith("cases"):
+        path.write_text("\n".join(line for line in good.splitlines() if not line.startswith("cases")) + "\n" + change)
+    with pytest.raises(matrix.SpecError, match=message):
+        matrix.load(path)
