@@ -437,7 +437,7 @@ def test_readers_beside_a_busy_owner(make_engine: Callable[..., Engine]) -> None
             except Exception as error:  # noqa: BLE001 - reported below
                 wrong.append(error)
 
-    readers = [threading.Thread(target=consume) for _ in range(4)]
+    readers = [threading.Thread(target=consume, daemon=True) for _ in range(4)]
     for reader in readers:
         reader.start()
     for number in range(400):

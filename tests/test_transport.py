@@ -359,6 +359,54 @@ def test_a_late_reader_cannot_end_the_next_lease_of_its_slot(arena: Arena) -> No
     assert arena.reap() == ([], [])
 
 
+def test_a_reader_whose_lease_ends_under_it_does_not_touch_the_next_lease_of_its_slot(
+    arena: Arena, writer: Writer, during_copy: Callable[[Callable[[], object]], None]
+) -> None:
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    old, old_handle = lease_of(arena, block)
+    following: list[Lease] = []
+
+    def end_and_grant_again() -> None:
+        arena.withdraw(old)
+        new, new_handle = lease_of(arena, block)
+        discard(new_handle)
+        following.append(new)
+
+    during_copy(end_and_grant_again)
+    with pytest.raises(BlockGone):
+        read(old_handle)
+    assert following[0].slot == old.slot
+    assert arena.reap() == (following, [])
+
+
+def test_a_dead_lease_is_gone_whatever_the_block_says(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, 128)
+    lease, handle = lease_of(arena, block)
+    writer.fail(block)
+    arena.withdraw(lease)
+    with pytest.raises(BlockGone):
+        read(handle)
+
+
+def test_a_reader_that_waits_when_the_arena_is_closed(arena: Arena) -> None:
+    handle = lease_of(arena, allocate(arena, 128))[1]
+    timer = threading.Timer(0.1, arena.close)
+    timer.start()
+    with pytest.raises(BlockGone):
+        read(handle, timeout=10)
+    timer.join()
+
+
+def test_generations_of_two_arenas_are_far_apart(arena: Arena) -> None:
+    """They start at random, so that no data looks like a stamp."""
+    other = Arena(PAGE)
+    first, second = allocate(arena, 1).generation, allocate(other, 1).generation
+    assert abs(first - second) > 1 << 32
+    assert 0 < min(first, second) < max(first, second) < 1 << 62
+    other.close()
+
+
 def test_slots_are_used_again(arena: Arena) -> None:
     for _ in range(100):
         _lease, handle = lease_of(arena, allocate(arena, 1))
@@ -532,6 +580,16 @@ def test_a_late_copy_does_not_reach_a_file_with_the_segments_old_number(arena: A
     assert file.read_bytes() == bytes(10 * PAGE)
 
 
+def test_a_late_copy_does_not_reach_the_next_segment_of_that_number(arena: Arena) -> None:
+    old = allocate(arena, 8 * PAGE)
+    arena.free(old)
+    new = allocate(arena, 8 * PAGE)
+    assert new.segment.fd == old.segment.fd
+    writer = Writer(arena.address)
+    writer.write(old, torch.ones(8 * PAGE, dtype=torch.uint8))
+    assert not writer.view(new).any()
+
+
 def test_a_writer_that_maps_a_segment_does_not_confuse_it_with_the_next_of_its_number(arena: Arena) -> None:
     writer = Writer(arena.address)
     old = allocate(arena, 8 * PAGE)
@@ -589,6 +647,10 @@ class SeededWriter(Writer):
 
     def write_rows(self, block: Block, seed: int, num_rows: int, dtype: str) -> None:
         self.write(block, make_rows(seed, num_rows, dtype))
+
+    def begin(self, block: Block) -> None:
+        """A copy that comes to no end."""
+        self.view(block).fill_(1)
 
 
 def serve_writer(pipe: Connection, address: Address) -> None:
@@ -657,6 +719,14 @@ def holders_of(segment: SegmentId) -> list[str]:
     return found
 
 
+def wait_until_open(reader: Remote, segment: SegmentId) -> None:
+    """From then on the reader waits for the stamp."""
+    deadline = time.monotonic() + 10
+    while not any(holder.startswith(f"/proc/{reader.process.pid}/fd/") for holder in holders_of(segment)):
+        assert time.monotonic() < deadline, "the reader opened nothing"
+        time.sleep(0.01)
+
+
 def test_a_killed_owner_leaves_nothing_and_its_readers_an_error(owner: Remote) -> None:
     shared_files = sorted(Path("/dev/shm").iterdir())
     address = owner.result()
@@ -664,9 +734,7 @@ def test_a_killed_owner_leaves_nothing_and_its_readers_an_error(owner: Remote) -
     waiting = remote_lease(owner, block)
     late = remote_lease(owner, block)
     with running(serve_read, waiting, 30.0) as reader:
-        time.sleep(0.2)
-        assert not reader.pipe.poll(), "the reader waits for the stamp"
-        assert holders_of(block.segment)
+        wait_until_open(reader, block.segment)
         owner.kill()
         error = reader.result()
         assert isinstance(error, BlockGone)
@@ -710,14 +778,14 @@ def test_a_later_process_of_the_owners_pid_is_not_the_owner(arena: Arena, writer
 
 
 def test_a_killed_reader_loses_its_lease() -> None:
-    with running(serve_arena, 0.5) as owner:
+    with running(serve_arena, 2.0) as owner:
         owner.result()
         block = owner.call("allocate", make_rows(1).nbytes)
         handle = remote_lease(owner, block)
-        with running(serve_read, handle, 30.0):
-            time.sleep(0.1)
+        with running(serve_read, handle, 30.0) as reader:
+            wait_until_open(reader, block.segment)
         assert owner.call("reap") == ([], [])
-        time.sleep(0.5)
+        time.sleep(2)
         done, expired = owner.call("reap")
         assert done == []
         assert [lease.generation for lease in expired] == [handle["lease"][1]]
@@ -731,8 +799,7 @@ def test_a_writer_killed_before_its_stamp(arena: Arena) -> None:
     block = allocate(arena, make_rows(1).nbytes)
     lease, handle = lease_of(arena, block)
     with running(serve_writer, arena.address) as writer:
-        writer.pipe.send(("view", (block,)))
-        time.sleep(0.1)
+        writer.call("begin", block)
     with pytest.raises(TransportTimeout, match="look for its error in the log"):
         read(handle, timeout=0.1)
     assert arena.reap() == ([lease], [])
