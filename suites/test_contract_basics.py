@@ -38,7 +38,11 @@ def embedding(completion: Completion) -> torch.Tensor:
 
 def assert_same(completion: Completion, *expected: torch.Tensor) -> None:
     truth = torch.cat(expected)
-    tolerance = Tolerance.float32() if truth.dtype == torch.float32 else Tolerance.measured(truth.float(), truth)
+    tolerance = Tolerance.float32()
+    if truth.dtype != torch.float32:
+        # Another batch means another order of the same roundings; a tower adds few of them up (docs: 1.3e-2 measured).
+        limit = torch.tensor(4 * torch.finfo(truth.dtype).eps, dtype=torch.float64)
+        tolerance = Tolerance(truth.dtype, limit, f"4 roundings to {truth.dtype}")
     comparison = compare(completion.mm_embedding, truth, tolerance=tolerance, items=completion.mm_embedding_items)
     assert comparison.ok, comparison.explain()
 

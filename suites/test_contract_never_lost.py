@@ -100,7 +100,7 @@ def test_eviction_from_the_encoder_cache_and_encoding_again(subject: Subject) ->
 
 
 def test_preemption(subject: Subject, record_property: Callable[[str, object], None]) -> None:
-    engine = subject.engine(num_gpu_blocks_override=7, max_model_len=512, enable_prefix_caching=False)
+    engine = subject.engine(num_gpu_blocks_override=7, block_size=128, max_model_len=512, enable_prefix_caching=False)
     requests = [subject.request(image(50 + index), LONG[:60], max_tokens=200, ignore_eos=True) for index in range(4)]
     completions, trace = run(engine, *requests)
     record_property("preemptions", trace.preemptions)

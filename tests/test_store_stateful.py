@@ -156,6 +156,9 @@ class StoreMachine(RuleBasedStateMachine):
         copies = {name: usable.get(name) or Copy(name) for name in names}
         request = Request(request_id, names, self.epoch, copies)
         for copy in copies.values():
+            if copy.generation is None and self.store.is_dispatched(request_id, item_of(copy.name)):
+                self.adopt(copy)  # now: a reset forgets what was captured, and the worker may fail later
+                assert not self.has_failed(copy)
             copy.holders.add(request)
             self.held.add(copy)
             self.shared[copy.name] = copy
@@ -183,7 +186,7 @@ class StoreMachine(RuleBasedStateMachine):
             block = self.store.dispatch(request.request_id, item)
             assert (block is not None) == (item in pending)
             if block is None:
-                self.adopt(copy)
+                assert copy.generation is not None
             else:
                 assert copy.generation is None, "dispatched twice"
                 assert block.generation not in self.written
@@ -195,8 +198,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def adopt(self, copy: Copy) -> None:
         """Dispatched, but by none of its holders: it was cached."""
-        if copy.generation is None:
-            copy.generation = self.captured[copy.name]
+        copy.generation = self.captured[copy.name]
 
     @rule(target=readings, request=requests)
     def deliver(self, request: Request) -> Any:
@@ -216,7 +218,6 @@ class StoreMachine(RuleBasedStateMachine):
         return reading
 
     def generation(self, request: Request, name: str) -> int:
-        self.adopt(request.copies[name])
         generation = request.copies[name].generation
         assert generation is not None
         return generation
