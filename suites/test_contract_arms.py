@@ -18,8 +18,9 @@ def test_tokens_and_logprobs_are_those_without_the_plugin(subject: Subject, arm:
     truth = subject.engine(Arm.ABSENT).generate(*requests)
     outputs = subject.engine(arm).generate(*requests)
     for [expected], [completion], parts in zip(truth, outputs, prompts, strict=True):
-        assert completion.token_ids == expected.token_ids
-        assert completion.logprobs == expected.logprobs
+        assert completion.token_ids == expected.token_ids, f"other tokens where the plugin is {arm}"
+        assert completion.logprobs == expected.logprobs, f"other logprobs where the plugin is {arm}"
         assert len(completion.logprobs) == 16
         assert completion.has_field is (arm is not Arm.ABSENT)
-        assert (completion.mm_embedding is not None) is (arm is Arm.CAPTURING and len(parts) > 1)
+        captured = completion.mm_embedding is not None
+        assert captured is (arm is Arm.CAPTURING and len(parts) > 1), f"{captured=} where the plugin is {arm}"

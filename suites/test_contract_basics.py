@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 
-from harness.compare import Tolerance, compare
+from harness.compare import Span, Tolerance, compare
 from harness.engine import Completion, Engine, Request
 from harness.engine_process import Server
 from harness.media import image
@@ -36,15 +37,19 @@ def embedding(completion: Completion) -> torch.Tensor:
     return completion.mm_embedding
 
 
-def assert_same(completion: Completion, *expected: torch.Tensor) -> None:
+def assert_same(completion: Completion, *expected: torch.Tensor, known: dict[str, torch.Tensor] | None = None) -> None:
     truth = torch.cat(expected)
     tolerance = Tolerance.float32()
     if truth.dtype != torch.float32:
         # Another batch means another order of the same roundings; a tower adds few of them up (docs: 1.3e-2 measured).
         limit = torch.tensor(4 * torch.finfo(truth.dtype).eps, dtype=torch.float64)
         tolerance = Tolerance(truth.dtype, limit, f"4 roundings to {truth.dtype}")
-    comparison = compare(completion.mm_embedding, truth, tolerance=tolerance, items=completion.mm_embedding_items)
+    starts = accumulate(map(len, expected), initial=0)
+    spans = [Span("image", start, len(rows), "") for start, rows in zip(starts, expected, strict=False)]
+    comparison = compare(completion.mm_embedding, truth, tolerance=tolerance, items=spans, known=known)
     assert comparison.ok, comparison.explain()
+    items = [Span(item.modality, item.start, item.num_rows, "") for item in completion.mm_embedding_items or []]
+    assert items == spans, "mm_embedding_items are not the items of the rows"
 
 
 @pytest.mark.clause("C1", "C2", "C3")
@@ -78,7 +83,8 @@ def test_a_text_only_request_in_the_batch_gets_none(
 ) -> None:
     [text], [with_image] = engine.generate(subject.request("hello"), subject.request("see ", FIRST))
     assert text.has_field
-    assert (text.mm_embedding, text.mm_embedding_items) == (None, None)
+    assert text.mm_embedding is None, "a text-only request got an embedding"
+    assert text.mm_embedding_items is None
     assert_same(with_image, embedding(alone["first"]))
 
 
@@ -115,7 +121,8 @@ def test_every_child_of_n_gets_its_own(subject: Subject, engine: Engine, alone: 
     assert len(children) == 3
     for child in children:
         assert_same(child, embedding(alone["first"]))
-    assert engine.call(children_share_memory, subject.request(FIRST, "own", n=2, temperature=1.0)) is False
+    shared = engine.call(children_share_memory, subject.request(FIRST, "own", n=2, temperature=1.0))
+    assert not shared, "completions share memory: who writes to one embedding changes another"
 
 
 def children_share_memory(server: Server, request: Request) -> bool:
@@ -150,7 +157,7 @@ def test_an_opted_out_request_copies_nothing(subject: Subject, engine: Engine) -
     request = subject.request(image(13), "no", extra_args={"return_mm_embedding": False})
     completion = engine.generate(request)[0][0]
     after = engine.call(capture_stats)
-    assert completion.mm_embedding is None
+    assert completion.mm_embedding is None, "a request that opted out got an embedding"
     assert (after["captured"], after["misses"], after["hits"]) == (before["captured"], before["misses"], before["hits"])
 
 
@@ -167,5 +174,5 @@ def test_everything_is_released_at_completion(
     stats = engine.call(capture_stats)
     record_property("captured", stats["captured"])
     assert stats["captured"] > 0, "nothing was captured: the test could not fail"
-    assert (stats["requests"], stats["leases"]) == (0, 0)
-    assert stats["held_bytes"] == stats["cached_bytes"]
+    assert (stats["requests"], stats["leases"]) == (0, 0), f"still held after completion: {stats}"
+    assert stats["held_bytes"] == stats["cached_bytes"], f"still held after completion: {stats}"

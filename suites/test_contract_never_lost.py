@@ -32,6 +32,13 @@ def rows(subject: Subject, engine: Engine, media: Media) -> torch.Tensor:
     return embedding(engine.generate(subject.request(media, f"alone {media.seed}"))[0][0])
 
 
+def assert_own_rows(subject: Subject, engine: Engine, completions: list[list[Completion]], media: list[Media]) -> None:
+    truth = [rows(subject, engine, item) for item in media]
+    known = {f"request {index}": expected for index, expected in enumerate(truth)}
+    for [completion], expected in zip(completions, truth, strict=True):
+        assert_same(completion, expected, known=known)
+
+
 def test_prefix_cache_hit(subject: Subject, engine: Engine, record_property: Callable[[str, object], None]) -> None:
     request = subject.request(image(21), LONG)
     first = engine.generate(request)[0][0]
@@ -100,13 +107,18 @@ def test_eviction_from_the_encoder_cache_and_encoding_again(subject: Subject) ->
 
 
 def test_preemption(subject: Subject, record_property: Callable[[str, object], None]) -> None:
-    engine = subject.engine(num_gpu_blocks_override=7, block_size=128, max_model_len=512, enable_prefix_caching=False)
+    engine = subject.engine(
+        num_gpu_blocks_override=7,
+        block_size=128,
+        max_model_len=512,
+        enable_prefix_caching=False,
+        mm_embedding_cache_gb=0.0,  # so that the truth below is captured anew
+    )
     requests = [subject.request(image(50 + index), LONG[:60], max_tokens=200, ignore_eos=True) for index in range(4)]
     completions, trace = run(engine, *requests)
     record_property("preemptions", trace.preemptions)
     assert trace.preemptions > 0, "no request was preempted: the condition did not happen"
-    for index, [completion] in enumerate(completions):
-        assert_same(completion, rows(subject, engine, image(50 + index)))
+    assert_own_rows(subject, engine, completions, [image(50 + index) for index in range(4)])
 
 
 def test_requests_wait_at_the_memory_cap(subject: Subject) -> None:
@@ -115,8 +127,7 @@ def test_requests_wait_at_the_memory_cap(subject: Subject) -> None:
     engine = subject.engine(mm_embedding_memory_gb=cap, mm_embedding_cache_gb=0.0)
     completions = engine.generate(*(subject.request(image(60 + index), "wait") for index in range(6)))
     assert engine.call(capture_stats)["waits"] > 0, "no request had to wait: the condition did not happen"
-    for index, [completion] in enumerate(completions):
-        assert_same(completion, rows(subject, engine, image(60 + index)))
+    assert_own_rows(subject, engine, completions, [image(60 + index) for index in range(6)])
 
 
 @pytest.mark.clause("C12")
