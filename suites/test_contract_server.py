@@ -87,7 +87,7 @@ ASKED = {"extra_body": {"vllm_xargs": {"return_mm_embedding": True}}}
 
 def test_the_json_is_unchanged_unless_asked(client: openai.OpenAI) -> None:
     plain, asked = ask(client).model_dump(), ask(client, **ASKED).model_dump()
-    assert "mm_embedding" not in str(plain)
+    assert "mm_embedding" not in str(plain), "the JSON has mm_embedding although the request did not ask for it"
     [choice], [asked_choice] = plain["choices"], asked["choices"]
     assert set(asked_choice) - set(choice) == {"mm_embedding"}
     assert asked_choice["message"]["content"] == choice["message"]["content"]
