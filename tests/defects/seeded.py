@@ -1,0 +1,326 @@
+"""The defects: each function breaks `harness.capture` in the process that calls it, as a mistake in its code would.
+
+`apply` is called in every process of an engine that captures: in the engine's child as EngineSpec.setup, and as a
+plugin of vLLM in the processes that vLLM itself starts. The environment variable says which defects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import harness.capture
+
+VARIABLE = "VLLM_MM_EMBEDDING_DEFECTS"
+"""Names of the functions below, separated by commas."""
+
+
+def apply() -> None:
+    """Applies the defects that the environment names, once a process."""
+    capture: Any = harness.capture
+    if not hasattr(capture, "defects"):
+        capture.defects = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
+        for name in capture.defects:
+            globals()[name]()
+
+
+def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def item_dropped() -> None:
+    """The last of a request's items is left out."""
+    from harness.capture import scheduler
+
+    _replace(
+        scheduler, "_in_prompt_order", lambda original: lambda features: original(features)[:-1] or original(features)
+    )
+
+
+def items_swapped() -> None:
+    """Items are taken in an order that is not the prompt's."""
+    from harness.capture import scheduler
+
+    _replace(scheduler, "_in_prompt_order", lambda original: lambda features: original(features)[::-1])
+
+
+def stale_tensor() -> None:
+    """The store tells items apart by their size and not by what they are: rows of another request are returned."""
+    from harness.capture.store import Item
+
+    item: Any = Item
+    item.__eq__ = lambda self, other: self.nbytes == other.nbytes
+    item.__hash__ = lambda self: hash(self.nbytes)
+
+
+def off_by_one_rows() -> None:
+    """The slice of the encoder's output begins one row late."""
+    import torch
+
+    from harness.capture import worker
+
+    def late(original: Any) -> Any:
+        def rows(*args: Any) -> Any:
+            output = original(*args)
+            return None if output is None else torch.cat([output[1:], output[-1:]])
+
+        return rows
+
+    _replace(worker, "_rows", late)
+
+
+def levels_not_cut() -> None:
+    """The deepstack levels stay behind the rows."""
+    import torch
+
+    from harness.capture import frontend
+
+    def uncut(original: Any) -> Any:
+        def read(delivery: dict[str, Any]) -> Any:
+            found = original(delivery)
+            if found.levels is None:
+                return found
+            return dataclasses.replace(found, rows=torch.cat([found.rows, *found.levels], dim=1))
+
+        return read
+
+    _replace(frontend, "_read", uncut)
+
+
+def levels_reversed() -> None:
+    """The deepstack levels are in another order."""
+    from harness.capture import frontend
+
+    def reverse(original: Any) -> Any:
+        def read(delivery: dict[str, Any]) -> Any:
+            found = original(delivery)
+            return dataclasses.replace(found, levels=None if found.levels is None else found.levels.flip(0))
+
+        return read
+
+    _replace(frontend, "_read", reverse)
+
+
+def lost_on_stop_string() -> None:
+    """The embeddings go with the engine core's last output, which a request that a stop string ends does not have."""
+    from harness.capture.scheduler import SchedulerCapture
+
+    def at_the_end(original: Any) -> Any:
+        def deliver(self: Any, output: Any) -> None:
+            if output.finish_reason is not None:
+                original(self, output)
+
+        return deliver
+
+    _replace(SchedulerCapture, "_deliver", at_the_end)
+
+
+def children_share_memory() -> None:
+    """Completions of the same items get one tensor."""
+    from harness.capture import frontend
+
+    def remember(original: Any) -> Any:
+        known: dict[str, Any] = {}
+
+        def read(delivery: dict[str, Any]) -> Any:
+            return known.setdefault(str(delivery["items"]), original(delivery))
+
+        return read
+
+    _replace(frontend, "_read", remember)
+
+
+def text_gets_rows() -> None:
+    """A request without items gets the rows of the one before."""
+    from vllm.outputs import CompletionOutput
+
+    from harness.capture import frontend
+
+    def keep(original: Any) -> Any:
+        def read(delivery: dict[str, Any]) -> Any:
+            found = original(delivery)
+            CompletionOutput.mm_embedding = found.rows  # the default of all completions
+            return found
+
+        return read
+
+    _replace(frontend, "_read", keep)
+
+
+def opt_out_ignored() -> None:
+    """A request that opts out is captured all the same."""
+    from harness.capture.settings import RequestOptions
+
+    original = RequestOptions.of
+    RequestOptions.of = staticmethod(  # type: ignore[method-assign]
+        lambda extra_args: dataclasses.replace(original(extra_args), capture=True)
+    )
+
+
+def leases_never_end() -> None:
+    """Leak: what was delivered is held for ever."""
+    from harness.capture.store import EmbeddingStore
+
+    EmbeddingStore._end_lease = lambda self, lease: None  # type: ignore[method-assign]
+
+
+def aborted_requests_never_released() -> None:
+    """Leak: a request that is aborted before its first output keeps its items."""
+    from harness.capture.scheduler import SchedulerCapture
+
+    def leak(original: Any) -> Any:
+        def request_finished(self: Any, request_id: str) -> None:
+            capture = self._captures.get(request_id)
+            if self._ended is not None or capture is None or capture.delivered:
+                original(self, request_id)
+
+        return request_finished
+
+    _replace(SchedulerCapture, "request_finished", leak)
+
+
+def prefill_not_forced() -> None:
+    """A prefix-cache hit is taken although it covers an item that was not captured."""
+    from harness.capture.scheduler import SchedulerCapture
+
+    def never(original: Any) -> Any:
+        def admit(self: Any, request: Any, num_computed_tokens: int) -> bool:
+            forced = self.forced_prefills
+            admitted: bool = original(self, request, num_computed_tokens)
+            if self.forced_prefills > forced:
+                self.forced_prefills, request.skip_reading_prefix_cache = forced, False
+                return True
+            return admitted
+
+        return admit
+
+    _replace(SchedulerCapture, "admit", never)
+
+
+def repeats_dropped() -> None:
+    """An item that occurs twice in a prompt is returned once."""
+    from harness.capture import scheduler
+
+    def once(original: Any) -> Any:
+        return lambda features: list({feature.identifier: feature for feature in original(features)}.values())
+
+    _replace(scheduler, "_in_prompt_order", once)
+
+
+def captures_when_idle() -> None:
+    """Capture is on although nobody asked for it."""
+    from harness.capture.settings import CaptureSettings
+
+    original = CaptureSettings.of
+
+    def always(vllm_config: Any) -> CaptureSettings:
+        vllm_config.model_config.multimodal_config.enable_return_mm_embedding = True
+        return original(vllm_config)
+
+    CaptureSettings.of = staticmethod(always)  # type: ignore[method-assign]
+
+
+def _changes_the_models_rows(change: Callable[[Any], Any]) -> None:
+    from harness.capture.connector import MMEmbeddingConnector
+
+    def save_caches(self: Any, encoder_cache: dict[str, Any], mm_hash: str, **kwargs: Any) -> None:
+        encoder_cache[mm_hash].copy_(change(encoder_cache[mm_hash]))
+
+    MMEmbeddingConnector.save_caches = save_caches  # type: ignore[method-assign]
+
+
+def model_gets_rounded_rows() -> None:
+    """The rows are rounded where they lie, and the language model reads them after that."""
+    _changes_the_models_rows(lambda rows: rows.bfloat16())
+
+
+def model_gets_cleared_rows() -> None:
+    """The rows are cleared before the language model has read them."""
+    _changes_the_models_rows(lambda rows: rows * 0)
+
+
+def rows_rounded() -> None:
+    """The returned rows went through bfloat16."""
+    from harness.capture import worker
+
+    def rounded(original: Any) -> Any:
+        def rows(*args: Any) -> Any:
+            output = original(*args)
+            return None if output is None else output.bfloat16().to(output.dtype)
+
+        return rows
+
+    _replace(worker, "_rows", rounded)
+
+
+def lost_when_merged() -> None:
+    """Outputs that merge for a slow consumer lose the embeddings."""
+    from harness.capture import frontend
+
+    harness.capture.register()  # first: it makes the fields' defaults from FIELDS
+    frontend.FIELDS = ()  # type: ignore[assignment]
+
+
+def refusal_removed() -> None:
+    """Every configuration passes for one that can capture."""
+    from harness.capture import settings
+
+    settings.cannot_capture = lambda vllm_config: None
+
+
+def http_opt_in_ignored() -> None:
+    """Every response has the field."""
+    from harness.capture import http
+
+    http._is_asked = lambda request: True
+
+
+def http_field_missing() -> None:
+    """The chunks of a stream do not get the field."""
+    from harness.capture import http
+
+    http._with_fields = lambda event, fields: event
+
+
+# Of a copy of a model's goldens, in that folder.
+
+
+def golden_value_changed(folder: Path) -> None:
+    """A value in a recorded file is another."""
+    _change_value(folder / "image.safetensors")
+
+
+def golden_rerecorded(folder: Path) -> None:
+    """A value in a recorded file is another, and the manifest agrees with the file."""
+    path = folder / "video.safetensors"
+    _change_value(path)
+    with _manifest(folder) as cases:
+        cases["video"]["tensor_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def golden_input_changed(folder: Path) -> None:
+    """The recorded hash of the media is another."""
+    with _manifest(folder) as cases:
+        cases["two-images"]["inputs"]["media"] = "0" * 64
+
+
+def _change_value(path: Path) -> None:
+    import safetensors.torch
+
+    tensors = safetensors.torch.load(path.read_bytes())
+    tensors["embedding"][3, 5] += 0.1
+    path.write_bytes(safetensors.torch.save(tensors))
+
+
+@contextmanager
+def _manifest(folder: Path) -> Iterator[dict[str, Any]]:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    yield manifest["cases"]
+    path.write_text(json.dumps(manifest))
