@@ -1,20 +1,19 @@
-"""The child process of engine.py: makes the engine, then runs what it is sent.
-
-`python -m harness.engine_process SOCKET`.
-"""
+"""The child process of engine.py: makes the engine, then runs what it is sent."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
 import inspect
+import os
 import pickle
 import sys
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from harness.engine import Arm, Completion, EngineError, EngineSpec, Interface, Request
@@ -107,12 +106,22 @@ def _make(spec: EngineSpec) -> Any:
     return LLM(model=spec.model, disable_log_stats=False, **options)
 
 
+def _load_platform_plugins() -> None:
+    """vLLM has done this when it was imported, in the server of forks, where plugins were off."""
+    from vllm.plugins import PLATFORM_PLUGINS_GROUP, load_plugins_by_group
+
+    for function in load_plugins_by_group(PLATFORM_PLUGINS_GROUP).values():
+        function()
+
+
 async def _serve(connection: Connection[Any, Any]) -> None:
     def answer(succeeded: bool, value: Any) -> None:
         connection.send_bytes(pickle.dumps((succeeded, value)))
 
     spec: EngineSpec = pickle.loads(connection.recv_bytes())
     try:
+        if spec.in_process and spec.arm is not Arm.ABSENT:
+            _load_platform_plugins()
         if spec.setup is not None:
             module, _, function = spec.setup.partition(":")
             getattr(importlib.import_module(module), function)()
@@ -141,6 +150,18 @@ async def _serve(connection: Connection[Any, Any]) -> None:
         server.engine.llm_engine.engine_core.shutdown()
 
 
-if __name__ == "__main__":
-    with Client(sys.argv[1], "AF_UNIX") as connection_to_parent:
-        asyncio.run(_serve(connection_to_parent))
+def run(connection: Connection[Any, Any], log: Path, environment: Mapping[str, str]) -> None:
+    """The child's main function.
+
+    Args:
+        connection: to the parent.
+        log: file that gets everything printed here and below.
+        environment: replaces this process's own, which may be that of the server it was forked from.
+    """
+    os.setsid()  # so that the parent can end vLLM's processes too
+    with log.open("ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    asyncio.run(_serve(connection))
