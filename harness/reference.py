@@ -52,7 +52,8 @@ class Reference:
             normalised(item.data[pixels], processor.image_mean, processor.image_std).to(self._dtype),
             item.data[grid].reshape(-1, 3),
         )
-        return torch.cat(output.pooler_output), torch.stack([torch.cat(level) for level in output.deepstack_features])
+        levels = [_joined(level) for level in output.deepstack_features]
+        return _joined(output.pooler_output), torch.stack(levels)
 
     @torch.inference_mode()
     def generate(self, text: str, media: dict[str, list[Any]], max_new_tokens: int) -> list[int]:
@@ -60,6 +61,11 @@ class Reference:
         inputs = self._processor(text=[text], images=media.get("image"), return_tensors="pt")
         output = self._model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return [int(token) for token in output[0, inputs["input_ids"].shape[1] :]]
+
+
+def _joined(rows: Tensor | Sequence[Tensor]) -> Tensor:
+    """transformers 5.17 gives deepstack features whole, 5.19 item by item."""
+    return rows if isinstance(rows, Tensor) else torch.cat(tuple(rows))
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

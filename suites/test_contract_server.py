@@ -36,6 +36,8 @@ def client(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(subject.path), "--served-model-name", "model"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager"]
     command += ["--max-num-seqs", "8", "--enable-return-mm-embedding"]
+    if torch.cuda.is_available():
+        command += ["--gpu-memory-utilization", "0.35"]  # an engine of the suite runs beside it
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as output:
         server = subprocess.Popen(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import safetensors
 
 if TYPE_CHECKING:
     import torch
 
 CACHE_VARIABLE = "VLLM_MM_EMBEDDING_CACHE"
 """Environment variable with the folder for built checkpoints."""
+
+MARKER = "vllm-mm-embedding.json"
+"""File in a built folder: recipe, size, dtype and version of what was built there."""
 
 Size = Literal["tiny", "full"]
 
@@ -32,40 +37,81 @@ def build(recipe: str, folder: Path | None = None, *, size: Size = "tiny", dtype
     """The folder of a checkpoint, built if it is not there.
 
     Another version of this package or of transformers builds another folder, so that a stale one is never used. It is
-    complete or not there at all, also when several processes build it at once.
+    complete or not there at all, also when several processes build it at once. Nothing that is there is overwritten.
 
     Args:
         recipe: name in recipes.RECIPES.
-        folder: where to put it; a folder of its own in `cache_folder()` by default.
+        folder: where to put it, missing or empty; a folder of its own in `cache_folder()` by default.
         size: "tiny", or "full" for the published model's dimensions.
         dtype: of the weights, by torch's name.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: no such recipe or dtype, the folder holds something else or cannot be written.
     """
-    target = folder or cache_folder() / f"{recipe}-{size}-{dtype}-{_version()}"
-    if (target / "config.json").exists():
+    wanted = {"recipe": recipe, "size": size, "dtype": dtype, "version": _version()}
+    target = folder or cache_folder() / "-".join(wanted.values())
+    if _is_there(target, wanted):
         return target
-    staging = None
+    _check(recipe, dtype)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        _save(recipe, staging, size, dtype)
-        try:
-            staging.rename(target)
-        except OSError:
-            if not (target / "config.json").exists():  # otherwise another process was faster
-                raise
-    except (OSError, RuntimeError) as error:
-        # safetensors reports a full disk as an error of its own.
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as staging:
+            built = Path(staging) / "built"  # mkdtemp's own folder would be the owner's only
+            built.mkdir()
+            (built / MARKER).write_text(json.dumps(wanted, indent=1) + "\n")
+            _save(recipe, built, size, dtype)
+            for path in built.iterdir():  # so would safetensors' files
+                path.chmod((built / MARKER).stat().st_mode & 0o777)
+            try:
+                built.rename(target)
+            except OSError:
+                if not _is_there(target, wanted):  # otherwise another process was faster
+                    raise
+    except Exception as error:
+        # On a full disk safetensors raises an error of its own, tokenizers a bare Exception.
+        if not isinstance(error, OSError | safetensors.SafetensorError) and type(error) is not Exception:
+            raise
+        where = "name another folder" if folder else f"set {CACHE_VARIABLE} to another folder"
         raise CheckpointError(
-            f"cannot build the checkpoint {recipe} in {target.parent} ({error}): make room or set {CACHE_VARIABLE} to "
-            "another folder"
+            f"cannot build the checkpoint {recipe} in {target.parent} ({error}): make room there or {where}"
         ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def _is_there(target: Path, wanted: dict[str, str]) -> bool:
+    """Whether the folder is the wanted checkpoint; False if it can be built there.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    try:
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            return False
+        found = json.loads((target / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found == wanted:
+        return True
+    if isinstance(found, dict) and found.keys() == wanted.keys():
+        what = "the checkpoint " + ", ".join(f"{key} {found[key]}" for key in wanted)
+    else:
+        what = "something else"
+    raise CheckpointError(
+        f"{target} holds {what}, not {', '.join(f'{key} {value}' for key, value in wanted.items())}: move it away or name "
+        "another folder"
+    )
+
+
+def _check(recipe: str, dtype: str) -> None:
+    import torch
+
+    from harness.checkpoints.recipes import RECIPES
+
+    if recipe not in RECIPES:
+        raise CheckpointError(f"there is no recipe {recipe!r}: use one of {', '.join(RECIPES)}")
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"{dtype!r} is no dtype of weights: use float32, bfloat16 or float16")
 
 
 def _save(recipe: str, folder: Path, size: Size, dtype: str) -> None:
@@ -110,6 +156,6 @@ def _full_size(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
 def _version() -> str:
     import transformers
 
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
     content = b"".join(path.read_bytes() for path in sources) + transformers.__version__.encode()
     return hashlib.sha256(content).hexdigest()[:12]

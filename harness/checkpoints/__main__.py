@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from harness.checkpoints import build
+from harness.checkpoints import CheckpointError, build
 from harness.checkpoints.recipes import RECIPES
 
 parser = argparse.ArgumentParser(description="Build an embedded checkpoint.")
@@ -14,4 +15,7 @@ parser.add_argument("folder", type=Path)
 parser.add_argument("--size", choices=["tiny", "full"], default="tiny")
 parser.add_argument("--dtype", default="float32")
 arguments = parser.parse_args()
-build(arguments.recipe, arguments.folder, size=arguments.size, dtype=arguments.dtype)
+try:
+    build(arguments.recipe, arguments.folder, size=arguments.size, dtype=arguments.dtype)
+except CheckpointError as error:
+    sys.exit(str(error))
