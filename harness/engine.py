@@ -159,6 +159,8 @@ class Engine:
     def __init__(self, spec: EngineSpec, log: Path, progress: Callable[[str], None] = lambda _line: None) -> None:
         self.spec = spec
         self.log = log
+        self.usable = True
+        """False after an EngineError: nothing more can be asked of it."""
         progress(f"starting {spec}")
         began = time.monotonic()
         from harness import engine_process
@@ -235,6 +237,7 @@ class Engine:
         raise failure from RuntimeError(f"in the engine's process:\n{trace}")
 
     def _died(self, how: str) -> EngineError:
+        self.usable = False
         code = self._process.exitcode
         status = f" (exit status {code})" if code is not None else ""
         return EngineError(f"the engine {how}{status}: {self.spec}. Its log, {self.log}, ends:\n{self.log_tail()}")

@@ -139,6 +139,8 @@ async def _serve(connection: Connection[Any, Any]) -> None:
         except Exception as error:  # noqa: BLE001 - likewise
             trace = traceback.format_exc()
             sys.stderr.write(trace)
+            if type(error).__name__ == "EngineDeadError":  # vLLM's, of an engine core in a process of its own
+                error = EngineError("died")
             try:
                 pickle.loads(pickle.dumps(error))
             except Exception:  # noqa: BLE001 - pickling runs the exception's own code

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -49,12 +51,16 @@ def client(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as api:
             yield api
     finally:
-        os.killpg(server.pid, 15)
-        try:
+        _end(server)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have died
+        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, 9)
-            server.wait()
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, log: Path) -> None:

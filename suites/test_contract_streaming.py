@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from harness.engine import Engine, Interface, Request
+from harness.engine import Engine, EngineError, Interface, Request
 from harness.engine_process import Server, stream
 from harness.media import image
 from harness.pytest_plugin.subject import Subject
@@ -54,37 +58,66 @@ def test_only_the_final_output_carries_it(subject: Subject, engine: Engine, kind
     torch.testing.assert_close(rows, truth)
 
 
-async def abort_many(server: Server, requests: list[Request], seed: int) -> int:
-    """Runs all requests and drops each at a random moment; how many were dropped before their end."""
+async def abort_many(server: Server, requests: list[Request], seed: int) -> Counter[str]:
+    """Runs all requests and drops each at a random moment; how many were where at that moment."""
     moments = random.Random(seed)
 
-    async def one(request: Request, moment: float) -> bool:
+    async def one(request: Request, moment: float) -> str:
+        state = "before the first output"
+
         async def consume() -> None:
-            async for _output in stream(server, request):
-                pass
+            nonlocal state
+            async for output in stream(server, request):
+                state = "done" if output.finished else "streaming"
 
         task = asyncio.create_task(consume())
         await asyncio.wait([task], timeout=moment)
         task.cancel()
-        [result] = await asyncio.gather(task, return_exceptions=True)
-        return result is not None
+        await asyncio.gather(task, return_exceptions=True)
+        return state
 
-    aborted = 0
+    states: Counter[str] = Counter()
     for start in range(0, len(requests), 25):
         batch = requests[start : start + 25]
-        aborted += sum(await asyncio.gather(*(one(request, moments.uniform(0.0, 0.4)) for request in batch)))
+        states.update(await asyncio.gather(*(one(request, moments.uniform(0.0, 0.4)) for request in batch)))
     await asyncio.sleep(0.5)
-    return aborted
+    return states
 
 
 @pytest.mark.clause("C11")
 def test_aborts_leave_nothing(subject: Subject, engine: Engine, record_property: Callable[[str, object], None]) -> None:
     requests = [subject.request(image(seed % 50), "long", max_tokens=60, ignore_eos=True) for seed in range(1000)]
-    aborted = engine.call(abort_many, requests, 1)
+    states = engine.call(abort_many, requests, 1)
     stats = engine.call(capture_stats)
-    record_property("aborted", aborted)
-    assert aborted > 500, "most requests were done before their abort: the condition did not happen"
+    record_property("aborted", dict(states))
+    for moment in ("before the first output", "streaming"):
+        assert states[moment] > 50, f"few requests were aborted {moment}: the condition did not happen ({states})"
     assert stats["captured"] > 0
-    left = {name: stats[name] for name in ("requests", "leases", "items", "held_bytes")}
+    left = {name: stats[name] for name in ("admitted", "requests", "leases", "items", "held_bytes")}
     assert not any(left.values()), f"still held after the aborts: {left}"
     assert engine.generate(subject.request(image(92), "alive"))[0][0].mm_embedding is not None
+
+
+def engine_core_pid(server: Server) -> int:
+    [process] = server.engine.engine_core.resources.engine_manager.processes
+    return int(process.pid)
+
+
+async def kill_while_streaming(server: Server, request: Request, pid: int) -> None:
+    async for output in stream(server, request):
+        if not output.finished:
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.clause("C11")
+def test_a_killed_engine_core_leaves_nothing(subject: Subject, engine: Engine) -> None:
+    tree = psutil.Process(engine.pid).children(recursive=True)
+    assert tree, "the engine has no processes of its own"
+    request = subject.request(image(93), "long", max_tokens=500, ignore_eos=True)
+    with pytest.raises(EngineError, match="the engine died"):
+        engine.call(kill_while_streaming, request, engine.call(engine_core_pid))
+    engine.shutdown()
+    # The memory has no name (memfd): with the last process it is gone.
+    _gone, alive = psutil.wait_procs(tree, timeout=5)
+    left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert not left, f"processes outlived the engine: {left}"

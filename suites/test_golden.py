@@ -9,7 +9,7 @@ import pytest
 
 from harness import cases
 from harness.compare import Tolerance
-from harness.goldens import GoldenInputs, Goldens, hash_tensors, hash_token_ids
+from harness.goldens import GoldenError, GoldenInputs, Goldens, hash_tensors, hash_token_ids
 from harness.pytest_plugin.subject import Subject
 from harness.reference import Reference
 from suites.test_reference import check, reference
@@ -35,22 +35,27 @@ def test_golden(
         f"{index}.{name}": tensor for index, item in enumerate(trace.processed[0]) for name, tensor in item.data.items()
     }
     weights = hashlib.sha256((subject.path / "model.safetensors").read_bytes()).hexdigest()
-    found = goldens.verify(
-        case,
-        completion.mm_embedding,
-        inputs=GoldenInputs(
-            prompt=cases.text(subject.spec, parts),
-            media=cases.digest(parts),
-            token_ids=hash_token_ids(completion.prompt_token_ids),
-            weights=weights,
-            processor=hash_tensors(processed),
-        ),
-        items=completion.mm_embedding_items or [],
-        tolerance=Tolerance.float32(),
-        reference_ok=verdict,
-        versions=versions,
-        update=pytestconfig.getoption("--golden-update"),
+    inputs = GoldenInputs(
+        prompt=cases.text(subject.spec, parts),
+        media=cases.digest(parts),
+        token_ids=hash_token_ids(completion.prompt_token_ids),
+        weights=weights,
+        processor=hash_tensors(processed),
     )
+    try:
+        found = goldens.verify(
+            case,
+            completion.mm_embedding,
+            inputs=inputs,
+            items=completion.mm_embedding_items or [],
+            tolerance=Tolerance.float32(),
+            reference_ok=verdict,
+            versions=versions,
+            update=pytestconfig.getoption("--golden-update"),
+        )
+    except GoldenError as error:
+        pytest.fail(str(error), pytrace=False)
     if found.comparison is not None:
         record_property("comparison", found.comparison.summary)
-    assert found.ok, found.message
+    if not found.ok:
+        pytest.fail(found.message, pytrace=False)

@@ -58,7 +58,7 @@ def test_raw_pixels_are_normalised_by_channel() -> None:
 
 
 def test_an_unknown_model_lists_the_known_ones() -> None:
-    with pytest.raises(matrix.UnknownModelError, match=r"no model 'qwen9': known are .*qwen3_vl"):
+    with pytest.raises(matrix.UnknownModelError, match=r"no model and no folder 'qwen9': .*qwen3_vl"):
         matrix.find("qwen9")
 
 

@@ -61,7 +61,9 @@ class _Capture:
 
 
 def _in_prompt_order(features: Iterable[MultiModalFeatureSpec]) -> list[MultiModalFeatureSpec]:
-    return sorted(features, key=lambda feature: feature.mm_position.offset)
+    # vLLM passes the prompt_embeds among a chat's parts through the encoder cache, though no encoder made them.
+    encoded = (feature for feature in features if feature.modality != "prompt_embeds")
+    return sorted(encoded, key=lambda feature: feature.mm_position.offset)
 
 
 def _num_embeds(feature: MultiModalFeatureSpec, start: int, stop: int) -> int:
@@ -108,9 +110,10 @@ class SchedulerCapture:
         self.store = EmbeddingStore(self._arena, self.settings.cache_bytes)
 
     def stats(self) -> dict[str, int]:
-        """Counts of the store (see store.Stats), and `forced_prefills`."""
+        """Counts of the store (see store.Stats), `admitted` (requests that have not ended), and `forced_prefills`."""
         self.store.reap()
-        return {**dataclasses.asdict(self.store.stats()), "forced_prefills": self.forced_prefills}
+        own = {"admitted": len(self._captures), "forced_prefills": self.forced_prefills}
+        return {**dataclasses.asdict(self.store.stats()), **own}
 
     def close(self) -> None:
         """Gives all memory back."""
@@ -147,10 +150,10 @@ class SchedulerCapture:
 
     def _start(self, request: Request) -> _Capture | None:
         options = RequestOptions.of(request.sampling_params.extra_args if request.sampling_params else None)
-        if not options.capture:
+        features = _in_prompt_order(request.mm_features) if options.capture else []
+        if not features:
             capture = _Capture([], [], delivered=True)
         else:
-            features = _in_prompt_order(request.mm_features)
             width = self.hidden_size * (1 + self.num_levels if options.levels else 1)
             items = [
                 Item(feature.identifier, options.levels, feature.mm_position.get_num_embeds(), width, self.dtype)

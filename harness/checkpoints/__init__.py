@@ -97,8 +97,8 @@ def _is_there(target: Path, wanted: dict[str, str]) -> bool:
     else:
         what = "something else"
     raise CheckpointError(
-        f"{target} holds {what}, not {', '.join(f'{key} {value}' for key, value in wanted.items())}: move it away or name "
-        "another folder"
+        f"{target} holds {what}, not {', '.join(f'{key} {value}' for key, value in wanted.items())}: "
+        "move it away or name another folder"
     )
 
 

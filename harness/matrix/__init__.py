@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -16,11 +17,8 @@ class SpecError(ValueError):
     """A model's YAML file cannot be used; one sentence that names file and key."""
 
 
-class UnknownModelError(KeyError):
-    """No model of that name; one sentence that lists the known ones."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+class UnknownModelError(LookupError):
+    """No model of that name or checkpoint; one sentence that lists the known ones."""
 
 
 @dataclass(frozen=True)
@@ -88,5 +86,31 @@ def find(name: str) -> ModelSpec:
     """
     models = load_all()
     if name not in models:
-        raise UnknownModelError(f"there is no model {name!r}: known are {', '.join(models)}")
+        raise UnknownModelError(
+            f"there is no model and no folder {name!r}: name the folder of a checkpoint or one of {', '.join(models)}"
+        )
     return models[name]
+
+
+def of_checkpoint(folder: Path) -> ModelSpec:
+    """The model that a checkpoint's config.json says it is of.
+
+    Raises:
+        UnknownModelError: it says nothing, or a family that no file here is of.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnknownModelError(f"{path} cannot be read ({error.strerror}): name the folder of a checkpoint") from error
+    except ValueError as error:
+        raise UnknownModelError(f"{path} is not JSON ({error}): name the folder of a checkpoint") from error
+    architectures = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(architectures, list) or not architectures:
+        raise UnknownModelError(f"{path} names no architectures: name the folder of a checkpoint")
+    models = load_all().values()
+    for spec in models:
+        if spec.architecture in architectures:
+            return spec
+    known = ", ".join(sorted({spec.architecture for spec in models}))
+    raise UnknownModelError(f"{folder} is a {architectures[0]}: use a checkpoint of {known}")

@@ -34,6 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Checks the options before anything is started."""
     config.addinivalue_line("markers", "clause(*ids): clauses of the contract that the test shows")
     config.addinivalue_line("markers", "suite(name): column of the report")
+    results: Path | None = config.getoption("--results")
+    if results is not None and (results.is_dir() or not results.parent.is_dir()):
+        # Found out after hours, it would lose all that was measured.
+        raise pytest.UsageError(f"--results: {results} cannot be written: name a file in a folder that exists")
     try:
         config.stash[_MODELS] = [_find(name) for name in config.getoption("--model") or [DEFAULT_MODEL]]
     except (matrix.UnknownModelError, matrix.SpecError) as error:
@@ -46,15 +50,9 @@ _MODELS = pytest.StashKey[list[tuple[matrix.ModelSpec, Path | None]]]()
 
 def _find(name: str) -> tuple[matrix.ModelSpec, Path | None]:
     folder = Path(name)
-    if not (folder / "config.json").is_file():
+    if not folder.is_dir():
         return matrix.find(name), None
-    import json
-
-    architectures = json.loads((folder / "config.json").read_text()).get("architectures") or ["none"]
-    for spec in matrix.load_all().values():
-        if spec.architecture in architectures:
-            return spec, folder
-    raise matrix.UnknownModelError(f"{folder} is a {architectures[0]}, a family that no file of harness/matrix is of")
+    return matrix.of_checkpoint(folder), folder
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -97,7 +95,10 @@ def subject(request: pytest.FixtureRequest, engine_pool: EnginePool) -> Subject:
     spec, folder = request.param
     if spec.skip:
         pytest.skip(spec.skip)
-    return Subject(spec, folder or checkpoints.build(spec.recipe), engine_pool, embedded=folder is None)
+    try:
+        return Subject(spec, folder or checkpoints.build(spec.recipe), engine_pool, embedded=folder is None)
+    except checkpoints.CheckpointError as error:
+        pytest.fail(str(error), pytrace=False)
 
 
 @pytest.fixture(scope="session")

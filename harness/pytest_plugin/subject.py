@@ -37,6 +37,9 @@ class EnginePool:
             EngineError: it did not start.
         """
         engine = self._engines.pop(spec, None)
+        if engine is not None and not engine.usable:
+            engine.shutdown()
+            engine = None
         if engine is None:
             while len(self._engines) >= self._most:
                 self._engines.pop(next(iter(self._engines))).shutdown()

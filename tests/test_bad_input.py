@@ -1,0 +1,156 @@
+"""What a user may get wrong: one sentence that names the option or file, and nothing lost."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness import checkpoints
+from harness.engine import EngineSpec
+from harness.pytest_plugin.subject import EnginePool
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def session(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs the suites with options; exit code and all that was printed."""
+
+    def run(*options: str) -> tuple[int, str]:
+        common = ["--rootdir", str(ROOT), "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "files")]
+        code = pytest.main([f"{ROOT}/suites/test_golden.py", *common, *options])
+        return int(code), "".join(capfd.readouterr())
+
+    return run
+
+
+def folder_with_config(folder: Path, content: str) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "names no architectures"),
+        ('{"architectures": []}', "names no architectures"),
+        ('{"architectures": ["Gpt9"]}', "is a Gpt9: use a checkpoint of .*Qwen3VLForConditionalGeneration"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_of_a_known_family(
+    session: Callable[..., tuple[int, str]], tmp_path: Path, content: str | None, sentence: str
+) -> None:
+    folder = tmp_path / "model"
+    if content is None:
+        folder.mkdir()
+    else:
+        folder_with_config(folder, content)
+    code, output = session("--model", str(folder))
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert_one_sentence(output, rf"ERROR: --model: \S*{sentence}|ERROR: --model: \S* {sentence}")
+
+
+def assert_one_sentence(output: str, pattern: str) -> None:
+    lines = [line for line in output.splitlines() if line.startswith("ERROR: ")]
+    assert len(lines) == 1, output
+    assert re.match(pattern, lines[0]), lines[0]
+    assert "Traceback" not in output
+
+
+def test_an_unknown_model(session: Callable[..., tuple[int, str]]) -> None:
+    code, output = session("--model", "qwen9")
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert_one_sentence(output, "ERROR: --model: there is no model and no folder 'qwen9': .*qwen3_vl")
+
+
+@pytest.mark.parametrize("path", ["missing/results.json", "."])
+def test_results_that_could_not_be_written_later(
+    session: Callable[..., tuple[int, str]], tmp_path: Path, path: str
+) -> None:
+    code, output = session("--results", str(tmp_path / path))
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert_one_sentence(output, "ERROR: --results: .* cannot be written: name a file in a folder that exists")
+
+
+def test_a_cache_folder_that_cannot_be_written(
+    session: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(checkpoints.CACHE_VARIABLE, str(tmp_path / "file"))
+    code, output = session("-k", "two-images")
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "cannot build the checkpoint qwen3_vl in" in output
+    assert f"set {checkpoints.CACHE_VARIABLE} to another folder" in output
+    assert "Traceback" not in output
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize("limit", [1000, 50_000, 1_000_000], ids=["config", "tokenizer", "weights"])
+def test_a_full_cache_folder(tmp_path: Path, limit: int) -> None:
+    """The kernel refuses to write more than so many bytes to a file, as a full disk does."""
+    program = (
+        "import resource; from harness.checkpoints import build; import harness.checkpoints.recipes\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); build('qwen3_vl')"
+    )
+    done = subprocess.run(
+        # -B: the limit would cut compiled modules short too
+        [sys.executable, "-B", "-c", program],
+        env={**os.environ, checkpoints.CACHE_VARIABLE: str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    *_trace, last = done.stderr.splitlines()
+    assert last.startswith("harness.checkpoints.CheckpointError: cannot build the checkpoint qwen3_vl in"), done.stderr
+    assert last.endswith(f"make room there or set {checkpoints.CACHE_VARIABLE} to another folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "{}", "other"])
+def test_a_folder_with_something_else_is_not_overwritten(tmp_path: Path, content: str | None) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes").write_text("mine")
+    if content is not None:
+        (folder / checkpoints.MARKER).write_text(content)
+    with pytest.raises(checkpoints.CheckpointError, match="holds something else, not recipe qwen3_vl, size tiny"):
+        checkpoints.build("qwen3_vl", folder)
+    assert (folder / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "sentence"),
+    [("qwen9", "float32", "there is no recipe 'qwen9': use one of qwen3_vl"), ("qwen3_vl", "int8", "'int8' is no")],
+)
+def test_an_unknown_recipe_or_dtype(tmp_path: Path, recipe: str, dtype: str, sentence: str) -> None:
+    with pytest.raises(checkpoints.CheckpointError, match=sentence):
+        checkpoints.build(recipe, tmp_path / "new", dtype=dtype)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_dead_engine_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FakeEngine:
+        usable = True
+
+        def __init__(self, *_args: object) -> None:
+            pass
+
+        def shutdown(self) -> None:
+            pass
+
+    monkeypatch.setattr(importlib.import_module("harness.pytest_plugin.subject"), "Engine", FakeEngine)
+    pool = EnginePool(tmp_path, lambda _line: None)
+    engine = pool.get(EngineSpec("model"))
+    assert pool.get(EngineSpec("model")) is engine
+    engine.usable = False
+    assert pool.get(EngineSpec("model")) is not engine
