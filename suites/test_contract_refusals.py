@@ -1,4 +1,4 @@
-"""What cannot work is refused at start-up, in one sentence that names the option."""
+"""What cannot work is refused at start-up, in one sentence that names the option; what vLLM does itself is left to it."""
 
 from __future__ import annotations
 
@@ -94,3 +94,47 @@ def test_an_unsupported_vllm_is_refused(subject: Subject) -> None:
     done = python(program)
     assert done.returncode != 0
     assert "supports vLLM 0.32 and 0.33 and found 0.99.0" in done.stderr
+
+
+NATIVE = """
+import dataclasses, importlib, json, sys
+from harness.capture.patches import when_imported
+
+def make_native():
+    config = sys.modules["vllm.config.multimodal"].MultiModalConfig
+    field = dataclasses.field(default=False)
+    field.name, field.type, field._field_type = "enable_return_mm_embedding", bool, dataclasses._FIELD
+    config.__dataclass_fields__[field.name] = field
+
+if sys.argv[1] == "native":
+    when_imported("vllm.config.multimodal", make_native)  # before the plugin's own look at it
+import vllm
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from harness.capture import arguments, engine_core, frontend, http
+from harness.capture.patches import _patch_of, _resolve
+changed = []
+for patch in (*arguments.PATCHES, *engine_core.PATCHES, *frontend.PATCHES, *http.PATCHES):
+    if _patch_of(_resolve(patch)[1]) is not None:
+        changed.append(patch.name)
+from vllm.outputs import CompletionOutput
+from vllm.config import MultiModalConfig
+for owner in (CompletionOutput, MultiModalConfig, vllm.EngineArgs):
+    added = [name for name in vars(owner) if name.startswith(("mm_embedding", "enable_return_mm_embedding"))]
+    changed += [f"{owner.__name__}.{name}" for name in added]
+print("CHANGED" + json.dumps(changed))
+"""
+
+
+def changed(vllm: str) -> list[str]:
+    done = python(NATIVE, vllm)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("CHANGED")]
+    assert lines, done.stderr[-2000:]
+    found: list[str] = json.loads(lines[0].removeprefix("CHANGED"))
+    return found
+
+
+@pytest.mark.clause("C1")
+def test_a_vllm_that_has_the_option_itself_is_left_alone() -> None:
+    assert changed("released"), "nothing of the released vLLM is changed: the test could not fail"
+    assert changed("native") == []

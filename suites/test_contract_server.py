@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 
@@ -29,7 +30,8 @@ pytestmark = [pytest.mark.suite("contract"), pytest.mark.clause("C13")]
 
 
 @pytest.fixture(scope="module")
-def client(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+def server(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`vllm serve`, and its address."""
     subject.pool.shutdown()  # their memory is needed, and none is used here
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -42,16 +44,21 @@ def client(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         command += ["--gpu-memory-utilization", "0.35"]  # an engine of the suite runs beside it
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as output:
-        server = subprocess.Popen(
+        process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        _wait_until_healthy(server, address, log)
-        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as api:
-            yield api
+        _wait_until_healthy(process, address, log)
+        yield process, address
     finally:
-        _end(server)
+        _end(process)
+
+
+@pytest.fixture(scope="module")
+def client(server: tuple[subprocess.Popen[bytes], str]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0) as api:
+        yield api
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
@@ -76,7 +83,7 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, log: Path
     raise EngineError(f"`vllm serve` did not come up. Its log ends:\n{log.read_text()[-3000:]}")
 
 
-def ask(client: openai.OpenAI, **options: Any) -> Any:
+def ask(client: openai.OpenAI, max_completion_tokens: int = 5, **options: Any) -> Any:
     buffer = io.BytesIO()
     image(101).content.save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -84,7 +91,7 @@ def ask(client: openai.OpenAI, **options: Any) -> Any:
     return client.chat.completions.create(
         model="model",
         messages=[{"role": "user", "content": content}],  # type: ignore[list-item, misc]
-        max_completion_tokens=5,
+        max_completion_tokens=max_completion_tokens,
         temperature=0,
         **options,
     )
@@ -122,3 +129,19 @@ def test_it_is_the_embedding(client: openai.OpenAI, subject: Subject) -> None:
     truth = subject.engine().generate(subject.request(image(101), "server"))[0][0].mm_embedding
     assert truth is not None
     torch.testing.assert_close(rows.float(), truth.float(), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.clause("C11")
+def test_a_killed_frontend_leaves_nothing(server: tuple[subprocess.Popen[bytes], str], client: openai.OpenAI) -> None:
+    process, _address = server
+    tree = psutil.Process(process.pid).children(recursive=True)
+    assert tree, "the server has no processes of its own"
+    with pytest.raises(openai.APIConnectionError):  # noqa: PT012 - the connection ends at any of the chunks
+        for _chunk in ask(client, stream=True, max_completion_tokens=500, **ASKED):
+            process.kill()
+    # vLLM leaves its engine core running, with and without the plugin: whoever killed the one ends the other.
+    _end(process)
+    # The memory has no name (memfd): with the last process it is gone.
+    _gone, alive = psutil.wait_procs(tree, timeout=5)
+    left = [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    assert not left, f"processes outlived the server: {left}"

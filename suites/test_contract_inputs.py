@@ -1,0 +1,127 @@
+"""What was not an encoder's input: embeddings that the user gives, and configurations that the user makes by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from harness import observe
+from harness.compare import Tolerance, compare
+from harness.engine import Arm, Completion, Engine, Request
+from harness.engine_process import Server
+from harness.media import image
+from harness.pytest_plugin.subject import Subject
+from suites.test_contract_basics import embedding
+
+pytestmark = pytest.mark.suite("contract")
+
+
+@pytest.fixture(scope="module")
+def engine(subject: Subject) -> Engine:
+    return subject.engine(enable_mm_embeds=True, enable_prompt_embeds=True, mm_processor_cache_gb=0.0)
+
+
+@pytest.fixture(scope="module")
+def encoded(subject: Subject, engine: Engine) -> tuple[Completion, dict[str, torch.Tensor]]:
+    """An image that the engine encodes, and what vLLM's processor made of it."""
+    request = subject.request(image(111), "what?", extra_args={"return_mm_embedding_levels": True})
+    [[completion]], trace = engine.call(observe.run, [request])
+    return completion, trace.processed[0][0].data
+
+
+@pytest.mark.clause("C9")
+def test_precomputed_image_embeds_are_returned(
+    subject: Subject, engine: Engine, encoded: tuple[Completion, Mapping[str, torch.Tensor]]
+) -> None:
+    completion, inputs = encoded
+    assert completion.mm_embedding_levels is not None
+    given = torch.cat([embedding(completion), *completion.mm_embedding_levels], dim=1)
+    prompt = subject.request(image(111), "what?").prompt
+    media = {"image": {"image_embeds": given, "image_grid_thw": inputs["image_grid_thw"].reshape(-1, 3)}}
+    [again] = engine.generate(Request({**prompt, "multi_modal_data": media}, {"temperature": 0.0, "max_tokens": 4}))[0]
+    assert again.token_ids == completion.token_ids
+    assert again.mm_embedding is not None, "a request with image_embeds got no embedding"
+    assert torch.equal(again.mm_embedding, embedding(completion)), "image_embeds came back changed"
+
+
+def input_embeddings(server: Server, token_ids: list[int]) -> torch.Tensor:
+    model = server.engine.llm_engine.model_executor.driver_worker.get_model()
+    with torch.inference_mode():
+        rows: torch.Tensor = model.get_language_model().embed_input_ids(torch.tensor(token_ids, device="cpu"))
+    return rows.clone()
+
+
+@pytest.mark.clause("C9")
+def test_prompt_embeds_are_not_an_encoders_output(subject: Subject, engine: Engine) -> None:
+    text = engine.generate(subject.request("only text here"))[0][0]
+    rows = engine.call(input_embeddings, text.prompt_token_ids)
+    request = Request({"prompt_embeds": rows}, {"temperature": 0.0, "max_tokens": 4})
+    with_embeds, with_image = engine.generate(request, subject.request(image(112), "what?"))
+    assert with_embeds[0].token_ids == text.token_ids, "the embeddings were not those of the text"
+    assert with_embeds[0].mm_embedding is None, "prompt_embeds were returned as an encoder's output"
+    assert with_image[0].mm_embedding is not None
+
+
+def chat(server: Server, rows: torch.Tensor) -> Completion:
+    import base64
+    import io
+
+    from vllm import SamplingParams
+
+    buffer = io.BytesIO()
+    torch.save(rows, buffer)
+    part = {"type": "prompt_embeds", "data": base64.b64encode(buffer.getvalue()).decode()}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "what?"}]}]
+    [output] = server.engine.chat(messages, SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
+    return Completion.of(output, output.outputs[0])
+
+
+@pytest.mark.clause("C9")
+def test_prompt_embeds_in_a_chat_are_not_an_encoders_output(engine: Engine) -> None:
+    # vLLM passes these through its encoder cache, like an image's. (Beside a real image it fails for deepstack models,
+    # with and without the plugin: their rows are wider than an embedding.)
+    completion = engine.call(chat, engine.call(input_embeddings, [5, 6, 7]))
+    assert completion.token_ids
+    assert completion.mm_embedding is None, "a chat's prompt_embeds were returned as an encoder's output"
+
+
+KEPT: list[Any] = []
+"""Engines of the child: the end of one tears down the parallel groups of the process, which the others use."""
+
+
+def from_a_configuration(server: Server, request: Request, captures: bool) -> tuple[bool, list[int]]:
+    """Another engine in this process, of a MultiModalConfig made by hand: whether it captured, and its tokens."""
+    from vllm import EngineArgs, SamplingParams
+    from vllm.config import MultiModalConfig
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    options = dict(server.spec.options)
+    config = EngineArgs(model=server.spec.model, **options).create_engine_config()
+    config.model_config.multimodal_config = MultiModalConfig(
+        limit_per_prompt=options["limit_mm_per_prompt"],
+        **({"enable_return_mm_embedding": True} if captures else {}),
+    )
+    engine: Any = LLMEngine.from_vllm_config(config)
+    KEPT.append(engine)
+    engine.add_request("by hand", dict(request.prompt), SamplingParams(**request.params))
+    outputs: list[Any] = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    completion = outputs[-1].outputs[0]
+    assert outputs[-1].finished
+    return completion.mm_embedding is not None, list(completion.token_ids)
+
+
+@pytest.mark.clause("C1")
+def test_a_configuration_made_by_hand_switches_it_on(subject: Subject) -> None:
+    share = {"gpu_memory_utilization": 0.15} if torch.cuda.is_available() else {}  # there will be three of them
+    engine = subject.engine(Arm.IDLE, max_num_seqs=4, **share)
+    request = subject.request(image(113), "what?", output_kind=2)
+    expected = engine.generate(subject.request(image(113), "what?"))[0][0].token_ids
+    assert engine.call(from_a_configuration, request, True) == (True, expected)
+    # The connector is a global of the process: the next engine, and the one beside it, must not inherit it.
+    assert engine.call(from_a_configuration, request, False) == (False, expected)
+    assert engine.generate(subject.request(image(113), "what?"))[0][0].mm_embedding is None
