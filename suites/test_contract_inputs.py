@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from harness import observe
-from harness.compare import Tolerance, compare
 from harness.engine import Arm, Completion, Engine, Request
 from harness.engine_process import Server
 from harness.media import image
@@ -92,36 +91,35 @@ KEPT: list[Any] = []
 """Engines of the child: the end of one tears down the parallel groups of the process, which the others use."""
 
 
-def from_a_configuration(server: Server, request: Request, captures: bool) -> tuple[bool, list[int]]:
-    """Another engine in this process, of a MultiModalConfig made by hand: whether it captured, and its tokens."""
+def from_a_configuration(server: Server, request: Request) -> Completion:
+    """The completion of another engine in this process, of a MultiModalConfig made by hand."""
     from vllm import EngineArgs, SamplingParams
     from vllm.config import MultiModalConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
     options = dict(server.spec.options)
     config = EngineArgs(model=server.spec.model, **options).create_engine_config()
-    config.model_config.multimodal_config = MultiModalConfig(
-        limit_per_prompt=options["limit_mm_per_prompt"],
-        **({"enable_return_mm_embedding": True} if captures else {}),
-    )
+    by_hand = MultiModalConfig(limit_per_prompt=options["limit_mm_per_prompt"], enable_return_mm_embedding=True)  # type: ignore[call-arg]
+    config.model_config.multimodal_config = by_hand
     engine: Any = LLMEngine.from_vllm_config(config)
     KEPT.append(engine)
     engine.add_request("by hand", dict(request.prompt), SamplingParams(**request.params))
     outputs: list[Any] = []
     while engine.has_unfinished_requests():
         outputs += engine.step()
-    completion = outputs[-1].outputs[0]
-    assert outputs[-1].finished
-    return completion.mm_embedding is not None, list(completion.token_ids)
+    return Completion.of(outputs[-1], outputs[-1].outputs[0])
 
 
 @pytest.mark.clause("C1")
 def test_a_configuration_made_by_hand_switches_it_on(subject: Subject) -> None:
-    share = {"gpu_memory_utilization": 0.15} if torch.cuda.is_available() else {}  # there will be three of them
+    share = {"gpu_memory_utilization": 0.15} if torch.cuda.is_available() else {}  # two engines beside another
     engine = subject.engine(Arm.IDLE, max_num_seqs=4, **share)
-    request = subject.request(image(113), "what?", output_kind=2)
-    expected = engine.generate(subject.request(image(113), "what?"))[0][0].token_ids
-    assert engine.call(from_a_configuration, request, True) == (True, expected)
-    # The connector is a global of the process: the next engine, and the one beside it, must not inherit it.
-    assert engine.call(from_a_configuration, request, False) == (False, expected)
+    idle = engine.generate(subject.request(image(113), "what?"))[0][0]
+    completion = engine.call(from_a_configuration, subject.request(image(113), "what?", output_kind=2))
+    assert completion.finish_reason is not None
+    assert completion.token_ids == idle.token_ids
+    embedding(completion)
+    # The connector is a global of the process: an engine beside it must not inherit it, nor may another replace it.
     assert engine.generate(subject.request(image(113), "what?"))[0][0].mm_embedding is None
+    with pytest.raises(RuntimeError, match="enable_return_mm_embedding is alive in this process"):
+        engine.call(from_a_configuration, subject.request(image(113), "what?", output_kind=2))

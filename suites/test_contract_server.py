@@ -97,7 +97,7 @@ def ask(client: openai.OpenAI, max_completion_tokens: int = 5, **options: Any) -
     )
 
 
-ASKED = {"extra_body": {"vllm_xargs": {"return_mm_embedding": True}}}
+ASKED: dict[str, Any] = {"extra_body": {"vllm_xargs": {"return_mm_embedding": True}}}
 
 
 def test_the_json_is_unchanged_unless_asked(client: openai.OpenAI) -> None:
