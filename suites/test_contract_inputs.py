@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from harness import observe
-from harness.engine import Arm, Completion, Engine, Request
+from harness.engine import Completion, Engine, Request
 from harness.engine_process import Server
 from harness.media import image
 from harness.pytest_plugin.subject import Subject
@@ -88,20 +90,21 @@ def test_prompt_embeds_in_a_chat_are_not_an_encoders_output(engine: Engine) -> N
 
 
 KEPT: list[Any] = []
-"""Engines of the child: the end of one tears down the parallel groups of the process, which the others use."""
+"""Engines of the child: the end of one tears down the parallel groups of the process."""
 
 
-def from_a_configuration(server: Server, request: Request) -> Completion:
-    """The completion of another engine in this process, of a MultiModalConfig made by hand."""
+def in_this_process(server: Server, request: Request, capture: bool) -> Completion:
+    """The completion of another engine, in the child itself and of a MultiModalConfig made by hand."""
     from vllm import EngineArgs, SamplingParams
     from vllm.config import MultiModalConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
     options = dict(server.spec.options)
     config = EngineArgs(model=server.spec.model, **options).create_engine_config()
-    by_hand = MultiModalConfig(limit_per_prompt=options["limit_mm_per_prompt"], enable_return_mm_embedding=True)  # type: ignore[call-arg]
+    by_hand = MultiModalConfig(limit_per_prompt=options["limit_mm_per_prompt"], enable_return_mm_embedding=capture)  # type: ignore[call-arg]
     config.model_config.multimodal_config = by_hand
-    engine: Any = LLMEngine.from_vllm_config(config)
+    with mock.patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}):
+        engine: Any = LLMEngine.from_vllm_config(config)
     KEPT.append(engine)
     engine.add_request("by hand", dict(request.prompt), SamplingParams(**request.params))
     outputs: list[Any] = []
@@ -110,16 +113,17 @@ def from_a_configuration(server: Server, request: Request) -> Completion:
     return Completion.of(outputs[-1], outputs[-1].outputs[0])
 
 
-@pytest.mark.clause("C1")
+@pytest.mark.clause("C1", "C12")
 def test_a_configuration_made_by_hand_switches_it_on(subject: Subject) -> None:
-    share = {"gpu_memory_utilization": 0.15} if torch.cuda.is_available() else {}  # two engines beside another
-    engine = subject.engine(Arm.IDLE, max_num_seqs=4, **share)
-    idle = engine.generate(subject.request(image(113), "what?"))[0][0]
-    completion = engine.call(from_a_configuration, subject.request(image(113), "what?", output_kind=2))
+    # Its engine core is in another process: the one made by hand is the first of the child itself.
+    engine = subject.engine(in_process=False)
+    expected = engine.generate(subject.request(image(113), "what?"))[0][0]
+    request = subject.request(image(113), "what?", output_kind=2)
+    completion = engine.call(in_this_process, request, True)
     assert completion.finish_reason is not None
-    assert completion.token_ids == idle.token_ids
-    embedding(completion)
-    # The connector is a global of the process: an engine beside it must not inherit it, nor may another replace it.
-    assert engine.generate(subject.request(image(113), "what?"))[0][0].mm_embedding is None
-    with pytest.raises(RuntimeError, match="enable_return_mm_embedding is alive in this process"):
-        engine.call(from_a_configuration, subject.request(image(113), "what?", output_kind=2))
+    assert completion.token_ids == expected.token_ids
+    assert torch.equal(embedding(completion), embedding(expected))
+    # The connector is a global of the process: an engine beside it would find it, or replace it.
+    for capture in (True, False):
+        with pytest.raises(RuntimeError, match="enable_return_mm_embedding must be alone in its process"):
+            engine.call(in_this_process, request, capture)

@@ -1,4 +1,4 @@
-"""What cannot work is refused at start-up, in one sentence that names the option. What vLLM has itself is left to it."""
+"""What cannot work is refused at start-up in one sentence that names the option; a native vLLM is left alone."""
 
 from __future__ import annotations
 

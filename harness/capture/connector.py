@@ -79,7 +79,8 @@ class MMEmbeddingConnector(ECConnectorBase):
         return False, None
 
 
-_executor: weakref.ref[Executor] | None = None
+_executors: weakref.WeakKeyDictionary[Executor, bool] = weakref.WeakKeyDictionary()
+"""The engines of this process, and whether each captures. More than one only where vLLM runs in-process."""
 
 
 @contextmanager
@@ -88,28 +89,28 @@ def activated(executor: Executor, vllm_config: VllmConfig) -> Iterator[None]:
 
     Raises:
         ValueError: the engine cannot capture.
-        RuntimeError: another engine of this process captures.
+        RuntimeError: it would share a process with an engine that captures. The worker's connector is a global of the
+            process: an engine beside it would find it, and end at its first request.
     """
-    global _executor
     settings = CaptureSettings.of(vllm_config)
-    # The worker's connector is a global of the process. An engine that was made here before, in-process, left its own.
+    if _executors:
+        gc.collect()  # engines that nobody has any more
+    if any(_executors.values()) or (settings.enabled and _executors):
+        raise RuntimeError(
+            "an engine with enable_return_mm_embedding must be alone in its process: delete the other engine first, or "
+            "unset VLLM_ENABLE_V1_MULTIPROCESSING=0."
+        )
     if has_ec_transfer() and isinstance(get_ec_transfer(), MMEmbeddingConnector):
-        gc.collect()
-        if _executor is not None and _executor() is not None:
-            raise RuntimeError(
-                "an engine with enable_return_mm_embedding is alive in this process: delete it first, or unset "
-                "VLLM_ENABLE_V1_MULTIPROCESSING=0."
-            )
-        ensure_ec_transfer_shutdown()
-    if not settings.enabled:
+        ensure_ec_transfer_shutdown()  # left by an engine that is gone
+    if settings.enabled:
+        options = vllm_config.model_config.multimodal_config
+        users = options.enable_mm_embeds, options.allow_missing_mm_embeddings
+        vllm_config.ec_transfer_config = ECTransferConfig(
+            ec_connector=CONNECTOR, ec_connector_module_path=__name__, ec_role="ec_consumer"
+        )
         yield
-        return
-    _executor = weakref.ref(executor)
-    options = vllm_config.model_config.multimodal_config
-    users = options.enable_mm_embeds, options.allow_missing_mm_embeddings
-    vllm_config.ec_transfer_config = ECTransferConfig(
-        ec_connector=CONNECTOR, ec_connector_module_path=__name__, ec_role="ec_consumer"
-    )
-    yield
-    # A draft model's configuration is made and validated in there, and shares these options.
-    options.enable_mm_embeds, options.allow_missing_mm_embeddings = users
+        # A draft model's configuration is made and validated in there, and shares these options.
+        options.enable_mm_embeds, options.allow_missing_mm_embeddings = users
+    else:
+        yield
+    _executors[executor] = settings.enabled
