@@ -24,7 +24,7 @@ import torch
 from harness.capture.http import decode
 from harness.engine import EngineError
 from harness.media import image
-from harness.pytest_plugin.subject import Subject
+from harness.pytest_plugin.subject import KV_CACHE_BYTES, Subject
 
 pytestmark = [pytest.mark.suite("contract"), pytest.mark.clause("C13")]
 
@@ -41,7 +41,7 @@ def server(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager"]
     command += ["--max-num-seqs", "8", "--enable-return-mm-embedding"]
     if torch.cuda.is_available():
-        command += ["--gpu-memory-utilization", "0.35"]  # an engine of the suite runs beside it
+        command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--gpu-memory-utilization", "0.15"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,11 @@ def reference(subject: Subject) -> Reference:
     return Reference(subject.path)
 
 
+@functools.cache  # billions of weights of a full-size model, once a session
+def yardstick(path: Path, dtype: torch.dtype) -> Reference:
+    return Reference(path, dtype)
+
+
 def check(subject: Subject, reference: Reference, case: str) -> tuple[observe.Trace, Completion, Comparison]:
     engine = subject.engine(mm_processor_cache_gb=0.0)
     request = subject.request(*cases.CASES[case], extra_args={"return_mm_embedding_levels": True})
@@ -30,7 +37,7 @@ def check(subject: Subject, reference: Reference, case: str) -> tuple[observe.Tr
     if dtype == torch.float32:
         tolerance = Tolerance.float32()
     else:
-        tolerance = Tolerance.measured(rows, Reference(subject.path, dtype).encode(trace.processed[0])[0])
+        tolerance = Tolerance.measured(rows, yardstick(subject.path, dtype).encode(trace.processed[0])[0])
     comparison = compare(completion.mm_embedding, rows, tolerance=tolerance, items=completion.mm_embedding_items)
     if comparison.ok and dtype == torch.float32:
         assert completion.mm_embedding_levels is not None

@@ -14,6 +14,10 @@ from harness.engine import Arm, Engine, EngineSpec, Interface, Request
 from harness.matrix import ModelSpec
 
 
+KV_CACHE_BYTES = 2 << 30
+"""Of each engine on a GPU: several live beside each other."""
+
+
 class EnginePool:
     """Running engines, shared by spec; the least recently used one goes when there are too many.
 
@@ -84,7 +88,9 @@ class Subject:
         if self.embedded:
             options.setdefault("dtype", "float32")
         if torch.cuda.is_available():
-            options.setdefault("gpu_memory_utilization", 0.35)
+            # A fixed cache instead of what is free: vLLM need not measure that, which fails when an engine beside it
+            # ends meanwhile. The utilization is only what must be free at the start.
+            options = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "gpu_memory_utilization": 0.15, **options}
         environment = (("HF_HUB_OFFLINE", "1"), ("VLLM_CPU_KVCACHE_SPACE", "1"))
         pairs = tuple(sorted(options.items()))
         return self.pool.get(EngineSpec(str(self.path), arm, interface, in_process, _Frozen(pairs), environment))
