@@ -17,7 +17,7 @@ from harness.media import image
 from harness.pytest_plugin.subject import Subject
 from suites.test_contract_basics import embedding
 
-pytestmark = pytest.mark.suite("contract")
+pytestmark = [pytest.mark.suite("contract"), pytest.mark.once]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def in_this_process(server: Server, request: Request, capture: bool) -> Completi
 
     options = dict(server.spec.options)
     config = EngineArgs(model=server.spec.model, **options).create_engine_config()
-    by_hand = MultiModalConfig(limit_per_prompt=options["limit_mm_per_prompt"], enable_return_mm_embedding=capture)  # type: ignore[call-arg]
+    by_hand = MultiModalConfig(limit_per_prompt=options["limit_mm_per_prompt"], enable_return_mm_embedding=capture)
     config.model_config.multimodal_config = by_hand
     with mock.patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}):
         engine: Any = LLMEngine.from_vllm_config(config)

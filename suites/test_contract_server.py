@@ -26,7 +26,7 @@ from harness.engine import EngineError
 from harness.media import image
 from harness.pytest_plugin.subject import KV_CACHE_BYTES, Subject
 
-pytestmark = [pytest.mark.suite("contract"), pytest.mark.clause("C13")]
+pytestmark = [pytest.mark.suite("contract"), pytest.mark.once, pytest.mark.clause("C13")]
 
 
 @pytest.fixture(scope="module")
