@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,7 @@ _TYPES: dict[str, type] = {
     "smallest_image": list,
     "largest_image": list,
     "independent": bool,
+    "leading_items": bool,
     "num_levels": int,
     "gpu_memory_gb": float,
 }
@@ -38,8 +40,8 @@ class UnknownModelError(LookupError):
 class Difference:
     """What is known to differ between vLLM and Hugging Face for a model: its test fails, and says so."""
 
-    suite: str
-    """The column of the report in which it shows: "encoder", "preprocessing" or "tokens"."""
+    suites: tuple[str, ...]
+    """The columns of the report in which it shows: "encoder", "preprocessing", "tokens"."""
     cases: tuple[str, ...]
     """Cases in which it shows."""
     finding: str
@@ -74,6 +76,8 @@ class ModelSpec:
     """Of the embedded checkpoint's engine: float32 unless vLLM's CPU kernels of this family know another one only."""
     reference: str = "generic"
     """Function of harness.reference.ENCODERS that runs the Hugging Face encoder."""
+    leading_items: bool = False
+    """True where a prompt's items must stand before its text."""
     num_levels: int = 0
     """Deepstack levels that its vision encoder packs behind the rows."""
     smallest_image: tuple[int, int] = (32, 32)
@@ -120,11 +124,12 @@ def load(path: Path) -> ModelSpec:
     tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     try:
         tuples["differences"] = tuple(
-            Difference(**{**entry, "cases": tuple(entry["cases"])}) for entry in values.get("differences", ())
+            Difference(**{**entry, "suites": tuple(entry["suites"]), "cases": tuple(entry["cases"])})
+            for entry in values.get("differences", ())
         )
     except (KeyError, TypeError) as error:
         raise SpecError(
-            f"{path.name}: an entry of 'differences' must have suite, cases, finding and reason ({error})"
+            f"{path.name}: an entry of 'differences' must have suites, cases, finding and reason ({error})"
         ) from error
     return ModelSpec(name=path.stem, **{**values, **tuples})
 
@@ -134,25 +139,45 @@ def load_all() -> dict[str, ModelSpec]:
     return {path.stem: load(path) for path in sorted(FOLDER.glob("*.yaml"))}
 
 
-def find(name: str) -> ModelSpec:
-    """The model of that name.
+def find(name: str) -> tuple[ModelSpec, Path | None]:
+    """The model of that name and the folder of its checkpoint; None for an embedded one.
+
+    Args:
+        name: stem of a YAML file here, folder of a checkpoint, or hub id of one, which is fetched if it is not there.
 
     Raises:
-        UnknownModelError: there is none.
+        UnknownModelError: there is none, it cannot be fetched, or it is not a multimodal model; one sentence.
     """
     models = load_all()
-    if name not in models:
+    if name in models:
+        return models[name], None
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _fetch(name, models)
+    return of_checkpoint(folder), folder
+
+
+def _fetch(name: str, models: Mapping[str, ModelSpec]) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UnknownModelError(
-            f"there is no model and no folder {name!r}: name the folder of a checkpoint or one of {', '.join(models)}"
+            f"there is no model and no folder {name!r}: name the folder of a checkpoint, a hub id or one of "
+            f"{', '.join(models)}"
         )
-    return models[name]
+    import huggingface_hub
+
+    revision = next((spec.revision for spec in models.values() if spec.hub_id == name), "main")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnknownModelError(f"{name} is no folder and cannot be fetched from the hub: {reason}") from error
 
 
 def of_checkpoint(folder: Path) -> ModelSpec:
-    """The model that a checkpoint's config.json says it is of.
+    """The model that a checkpoint's config.json says it is of; if no file here is of it, what its folder tells.
 
     Raises:
-        UnknownModelError: it says nothing, or a family that no file here is of.
+        UnknownModelError: it says nothing, or is of no multimodal model.
     """
     path = folder / "config.json"
     try:
@@ -164,9 +189,9 @@ def of_checkpoint(folder: Path) -> ModelSpec:
     architectures = config.get("architectures") if isinstance(config, dict) else None
     if not isinstance(architectures, list) or not architectures:
         raise UnknownModelError(f"{path} names no architectures: name the folder of a checkpoint")
-    models = load_all().values()
-    for spec in models:
+    for spec in load_all().values():
         if spec.architecture in architectures:
             return spec
-    known = ", ".join(sorted({spec.architecture for spec in models}))
-    raise UnknownModelError(f"{folder} is a {architectures[0]}: use a checkpoint of {known}")
+    from harness.matrix.discover import discover
+
+    return discover(folder, architectures[0])

@@ -26,9 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--model",
         action="append",
         metavar="NAME",
-        help="embedded model or local checkpoint of one; may be given several times",
+        help="embedded model, folder of a checkpoint or hub id; several may be given; by default all embedded ones",
     )
     group.addoption("--arm", action="append", choices=list(Arm), help="only these arms, where a test compares arms")
+    group.addoption(
+        "--full-size",
+        action="store_true",
+        help="embedded models with the published encoder's dimensions, in bfloat16 (for a GPU)",
+    )
+    group.addoption("--golden-store", type=Path, metavar="FOLDER", help="of the goldens of your own checkpoints")
     group.addoption("--golden-update", choices=["new", "changed", "all"], help="record goldens")
     group.addoption("--results", type=Path, metavar="PATH", help="write all that was found to this JSON file")
 
@@ -44,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--results: {results} cannot be written: name a file in a folder that exists")
     try:
         names = config.getoption("--model")
-        config.stash[_MODELS] = [_find(name) for name in names or matrix.load_all()]
+        config.stash[_MODELS] = [matrix.find(name) for name in names or matrix.load_all()]
     except (matrix.UnknownModelError, matrix.SpecError) as error:
         raise pytest.UsageError(f"--model: {error}") from error
     config.pluginmanager.register(Recorder(config), "mm-embedding-recorder")
@@ -52,13 +58,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _MODELS = pytest.StashKey[list[tuple[matrix.ModelSpec, Path | None]]]()
-
-
-def _find(name: str) -> tuple[matrix.ModelSpec, Path | None]:
-    folder = Path(name)
-    if not folder.is_dir():
-        return matrix.find(name), None
-    return matrix.of_checkpoint(folder), folder
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -119,7 +118,10 @@ def subject(request: pytest.FixtureRequest, engine_pool: EnginePool) -> Subject:
     spec, folder = request.param
     if reason := spec.skip or _too_old(spec):
         pytest.skip(reason)
+    full_size = request.config.getoption("--full-size")
     try:
+        if folder is None and full_size:
+            folder = checkpoints.build(spec.recipe, size="full", dtype="bfloat16")
         path = folder or checkpoints.build(spec.recipe)
         thorough = _is_thorough(request.config, request.param)
         return Subject(spec, path, engine_pool, embedded=folder is None, thorough=thorough)
@@ -137,8 +139,11 @@ def _too_old(spec: matrix.ModelSpec) -> str | None:
 
 @pytest.fixture(scope="session")
 def goldens(pytestconfig: pytest.Config, subject: Subject) -> Goldens:
-    """The recorded embeddings of the model."""
-    return Goldens(pytestconfig.rootpath / "golden", subject.spec.name)
+    """The recorded embeddings of the model: an embedded one's are here, another's in the store, with its manifest."""
+    store: Path | None = pytestconfig.getoption("--golden-store")
+    if subject.embedded or store is None:
+        return Goldens(pytestconfig.rootpath / "golden", subject.spec.name)
+    return Goldens(store, subject.path.resolve().name, store=store)
 
 
 @pytest.fixture(scope="session")
