@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from harness import observe
@@ -61,6 +61,7 @@ def test_rows_do_not_depend_on_the_batch(subject: Subject, record_property: Call
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
+    @example([(subject.item(230), "a"), (subject.item(231, 1), "b")])
     @given(st.lists(prompts(subject), min_size=1, max_size=4))
     def check(batch: list[tuple[Part, ...]]) -> None:
         requests = [subject.request(*parts, max_tokens=2, ignore_eos=True) for parts in batch]
