@@ -18,14 +18,14 @@ from harness.reference import Reference
 pytestmark = pytest.mark.suite("reference")
 
 
-@pytest.fixture(scope="module")
-def reference(subject: Subject) -> Reference:
-    return Reference(subject.path)
-
-
 @functools.cache  # billions of weights of a full-size model, once a session
-def yardstick(path: Path, dtype: torch.dtype) -> Reference:
+def load(path: Path, dtype: torch.dtype) -> Reference:
     return Reference(path, dtype)
+
+
+@pytest.fixture
+def reference(subject: Subject) -> Reference:
+    return load(subject.path, torch.float32)
 
 
 def check(subject: Subject, reference: Reference, case: str) -> tuple[observe.Trace, Completion, Comparison]:
@@ -37,7 +37,7 @@ def check(subject: Subject, reference: Reference, case: str) -> tuple[observe.Tr
     if dtype == torch.float32:
         tolerance = Tolerance.float32()
     else:
-        tolerance = Tolerance.measured(rows, yardstick(subject.path, dtype).encode(trace.processed[0])[0])
+        tolerance = Tolerance.measured(rows, load(subject.path, dtype).encode(trace.processed[0])[0])
     comparison = compare(completion.mm_embedding, rows, tolerance=tolerance, items=completion.mm_embedding_items)
     if comparison.ok and dtype == torch.float32:
         assert completion.mm_embedding_levels is not None

@@ -13,7 +13,6 @@ from harness import cases
 from harness.engine import Arm, Engine, EngineSpec, Interface, Request
 from harness.matrix import ModelSpec
 
-
 KV_CACHE_BYTES = 2 << 30
 """Of each engine on a GPU: several live beside each other."""
 
