@@ -19,9 +19,9 @@ class ProcessedItem:
     """What vLLM's processor made of one item.
 
     Attributes:
-        modality: "image" or "video".
+        modality: "image", "video" or "audio".
         num_embeds: rows that its placeholder takes (`mm_position.get_num_embeds()`).
-        data: the encoder's inputs, such as pixel_values.
+        data: the encoder's inputs as a batch of this item alone, such as pixel_values.
     """
 
     modality: str
@@ -53,8 +53,10 @@ async def run(server: Server, requests: Sequence[Request]) -> tuple[list[list[Co
         return await generate(server, requests), trace
 
 
-def _tensors(data: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: element.data for name, element in data.items() if isinstance(element.data, Tensor)}
+def _batch_of_one(data: Mapping[str, Any]) -> dict[str, Tensor]:
+    """As vLLM gives it to the model: stacked, concatenated or shared, whichever the field is."""
+    batch = {name: element.field.reduce_data([element]) for name, element in data.items() if element.data is not None}
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 @contextmanager
@@ -71,7 +73,7 @@ def _recorded(server: Server, trace: Trace) -> Iterator[None]:
                 ProcessedItem(
                     feature.modality,
                     feature.mm_position.get_num_embeds(),
-                    _tensors(feature.data or {}),
+                    _batch_of_one(feature.data or {}),
                 )
                 for feature in features
             ]

@@ -1,14 +1,20 @@
-"""The Hugging Face encoder of a checkpoint, on the inputs that vLLM's processor made. Imports no vLLM."""
+"""The Hugging Face encoder of a checkpoint, on what vLLM's processor made and on its own. Imports no vLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
 from torch import Tensor
+
+from harness.media import SAMPLING_RATE, Media
+
+Inputs = Mapping[str, Tensor]
+"""What a processor made of the items of one modality, by argument name, as a batch."""
 
 
 class Item(Protocol):
@@ -19,8 +25,23 @@ class Item(Protocol):
         """Such as "image"."""
 
     @property
+    def num_embeds(self) -> int:
+        """Its rows."""
+
+    @property
     def data(self) -> dict[str, Tensor]:
-        """The encoder's inputs."""
+        """The encoder's inputs, a batch of this item alone."""
+
+
+class Encoded(NamedTuple):
+    """Rows (num_rows, hidden_size) and deepstack levels (num_levels, num_rows, hidden_size)."""
+
+    rows: Tensor
+    levels: Tensor
+
+
+Encode = Callable[["Reference", str, Inputs], Encoded]
+"""Runs the encoder: reference, modality, inputs."""
 
 
 class Reference:
@@ -29,51 +50,150 @@ class Reference:
     Args:
         checkpoint: its folder.
         dtype: to compute in.
+        encoder: key of ENCODERS.
     """
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
-        self._dtype = dtype
-        self._model: Any = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype).eval()
-        self._processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint)
+    def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32, encoder: str = "generic") -> None:
+        self.dtype = dtype
+        self._encode = ENCODERS[encoder]
+        self.processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint)
+        self.model: Any = _load(checkpoint, dtype)
 
     @torch.inference_mode()
-    def encode(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
-        """Rows (num_rows, hidden_size) and deepstack levels (num_levels, num_rows, hidden_size) of the items."""
-        rows, levels = zip(*(self._encode(item) for item in items), strict=True)
-        return torch.cat(rows), torch.cat(levels, dim=1)
+    def encode(self, modality: str, inputs: Inputs) -> Encoded:
+        """The encoder's output for the items of one modality, one after another."""
+        return self._encode(self, modality, inputs)
 
-    def _encode(self, item: Item) -> tuple[Tensor, Tensor]:
-        pixels, grid = ("pixel_values", "image_grid_thw")
-        encode, processor = self._model.model.get_image_features, self._processor.image_processor
-        if item.modality == "video":
-            pixels, grid = "pixel_values_videos", "video_grid_thw"
-            encode, processor = self._model.model.get_video_features, self._processor.video_processor
-        output = encode(
-            normalised(item.data[pixels], processor.image_mean, processor.image_std).to(self._dtype),
-            item.data[grid].reshape(-1, 3),
-        )
-        levels = [_joined(level) for level in output.deepstack_features]
-        return _joined(output.pooler_output), torch.stack(levels)
+    def encode_items(self, items: Sequence[Item]) -> Encoded:
+        """Rows and levels of items, each encoded from its own inputs."""
+        return _concatenate([self.encode(item.modality, item.data) for item in items])
+
+    def encode_processed(self, processed: Inputs, items: Sequence[Item]) -> Encoded:
+        """Rows and levels in the order of `items`, from what `process` made of the whole prompt.
+
+        Raises:
+            ValueError: the encoder's rows are not as many as those of the items.
+        """
+        found: dict[str, list[Encoded]] = {}
+        for modality in dict.fromkeys(item.modality for item in items):
+            sizes = [item.num_embeds for item in items if item.modality == modality]
+            encoded = self.encode(modality, processed)
+            if len(encoded.rows) != sum(sizes):
+                raise ValueError(
+                    f"Hugging Face's processor and encoder make {len(encoded.rows)} rows of the {modality} items where "
+                    f"vLLM's processor counts {sum(sizes)}"
+                )
+            pieces = zip(encoded.rows.split(sizes), encoded.levels.split(sizes, dim=1), strict=True)
+            found[modality] = [Encoded(*piece) for piece in pieces]
+        return _concatenate([found[item.modality].pop(0) for item in items])
+
+    def process(self, text: str, media: Mapping[str, Sequence[Media]]) -> dict[str, Any]:
+        """What Hugging Face's own processor makes of a prompt: the arguments of the model's forward."""
+        arguments: dict[str, Any] = {}
+        if images := media.get("image"):
+            arguments["images"] = [item.content for item in images]
+        if videos := media.get("video"):
+            arguments["videos"] = [item.content for item in videos]
+            metadata = [{**item.metadata} for item in videos]
+            for entry in metadata:
+                entry.pop("do_sample_frames")
+            arguments["videos_kwargs"] = {"video_metadata": metadata, "do_sample_frames": False}
+        if recordings := media.get("audio"):
+            arguments["audio"] = [item.content for item in recordings]
+            arguments["audio_kwargs"] = {"sampling_rate": SAMPLING_RATE}
+        return dict(self.processor(text=[text], return_tensors="pt", **arguments))
 
     @torch.inference_mode()
-    def generate(self, text: str, media: dict[str, list[Any]], max_new_tokens: int) -> list[int]:
-        """Greedy token ids, on the inputs of Hugging Face's own processor."""
-        inputs = self._processor(text=[text], images=media.get("image"), return_tensors="pt")
-        output = self._model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    def generate(self, inputs: Mapping[str, Any], max_new_tokens: int) -> list[int]:
+        """Greedy token ids that follow the inputs of `process`."""
+        inputs = {
+            name: value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
+        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return [int(token) for token in output[0, inputs["input_ids"].shape[1] :]]
 
 
-def _joined(rows: Tensor | Sequence[Tensor]) -> Tensor:
-    """transformers 5.17 gives deepstack features whole, 5.19 item by item."""
-    return rows if isinstance(rows, Tensor) else torch.cat(tuple(rows))
+def _load(checkpoint: Path, dtype: torch.dtype) -> Any:
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    [architecture] = config.architectures
+    return getattr(transformers, architecture).from_pretrained(checkpoint, dtype=dtype).eval()
+
+
+def _concatenate(pieces: Sequence[Encoded]) -> Encoded:
+    """Items without deepstack levels (audio beside images) have zeros there, as vLLM gives the language model."""
+    most = max(len(piece.levels) for piece in pieces)
+    levels = [
+        torch.cat([piece.levels, piece.rows.new_zeros(most - len(piece.levels), *piece.rows.shape)]) for piece in pieces
+    ]
+    return Encoded(torch.cat([piece.rows for piece in pieces]), torch.cat(levels, dim=1))
+
+
+def generic(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """`get_image_features` and its kin, with those of the inputs that their signature names."""
+    owner = next(
+        (found for found in (reference.model, getattr(reference.model, "model", None)) if _features(found, modality)),
+        None,
+    )
+    if owner is None:
+        raise NotImplementedError(f"{type(reference.model).__name__} has no get_{modality}_features")
+    encode = _features(owner, modality)
+    names = [name for name in inspect.signature(encode).parameters if name in inputs]
+    return encoded(encode(**{name: prepared(reference, modality, inputs[name]) for name in names}))
+
+
+def _features(owner: Any, modality: str) -> Any:
+    return getattr(owner, f"get_{modality}_features", None)
+
+
+def encoded(output: Any) -> Encoded:
+    """From what the `get_..._features` of a family return: a tensor, one an item, or an output object."""
+    if isinstance(output, tuple):
+        output = output[0]
+    levels = getattr(output, "deepstack_features", None)
+    pooled = getattr(output, "pooler_output", None)
+    rows = joined(pooled if pooled is not None else getattr(output, "last_hidden_state", output))
+    empty = rows.new_zeros(0, *rows.shape)
+    return Encoded(rows, torch.stack([joined(level) for level in levels]) if levels else empty)
+
+
+def joined(rows: Tensor | Sequence[Tensor]) -> Tensor:
+    """(num_rows, hidden_size) of the items' rows, whole or item by item, batched or not."""
+    if not isinstance(rows, Tensor):
+        return torch.cat([joined(piece) for piece in rows])
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def prepared(reference: Reference, modality: str, value: Tensor) -> Tensor:
+    """An input as the encoder takes it: pixels normalised, floats in the reference's dtype.
+
+    vLLM leaves the normalisation of some families to the device and hands raw uint8 pixels on.
+    """
+    if value.dtype == torch.uint8:
+        processor = image_processor(reference.processor, modality)
+        value = normalised(value, processor.image_mean, processor.image_std)
+    return value.to(reference.dtype) if value.is_floating_point() else value
+
+
+def image_processor(processor: Any, modality: str) -> Any:
+    """The part of a processor that knows how images, or videos, are normalised."""
+    video = getattr(processor, "video_processor", None)
+    return video if modality == "video" and video is not None else processor.image_processor
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Patches as the encoder takes them, float32: (x / 255 - mean) / std by channel where they are raw uint8 pixels.
+    """float32 (x / 255 - mean) / std by channel, of raw pixels.
 
-    vLLM leaves this to the device by default. Patches are (num_patches, channels * temporal * height * width).
+    Args:
+        pixels: (..., channels, height, width), or patches (num_patches, channels * temporal * height * width).
+        mean: by channel.
+        std: by channel.
     """
-    if pixels.dtype != torch.uint8:
-        return pixels.float()
-    channels = pixels.float().unflatten(1, (len(mean), -1)) / 255
-    return ((channels - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]).flatten(1)
+    shape = (-1, 1) if pixels.ndim == 2 else (-1, 1, 1)
+    channels = pixels.unflatten(1, (len(mean), -1)) if pixels.ndim == 2 else pixels
+    scaled = (channels.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    return scaled.reshape(pixels.shape)
+
+
+ENCODERS: dict[str, Encode] = {"generic": generic}
+"""By the name that a model's YAML file gives."""

@@ -16,8 +16,9 @@ from harness.files import write_atomically
 SCHEMA = 1
 """Version of the file's form; raised when an older reader would misread it."""
 
-Outcome = Literal["passed", "failed", "skipped", "error"]
-"""`failed`: the thing tested is wrong. `error`: the infrastructure broke (an engine died, a download failed)."""
+Outcome = Literal["passed", "failed", "known", "skipped", "error"]
+"""`failed`: the thing tested is wrong. `error`: the infrastructure broke (an engine died, a download failed). `known`:
+it failed as the model's YAML file says it must, with the reason."""
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 

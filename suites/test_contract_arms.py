@@ -8,7 +8,7 @@ from harness.engine import Arm
 from harness.media import image, video
 from harness.pytest_plugin.subject import Subject
 
-pytestmark = pytest.mark.suite("contract")
+pytestmark = [pytest.mark.suite("contract"), pytest.mark.once]
 
 
 @pytest.mark.clause("C1", "C4")

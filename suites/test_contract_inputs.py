@@ -17,7 +17,7 @@ from harness.media import image
 from harness.pytest_plugin.subject import Subject
 from suites.test_contract_basics import embedding
 
-pytestmark = pytest.mark.suite("contract")
+pytestmark = [pytest.mark.suite("contract"), pytest.mark.once]
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def assert_own_rows(subject: Subject, engine: Engine, completions: list[list[Com
 
 
 def test_prefix_cache_hit(subject: Subject, engine: Engine, record_property: Callable[[str, object], None]) -> None:
-    request = subject.request(image(21), LONG)
+    request = subject.request(subject.item(21), LONG)
     first = engine.generate(request)[0][0]
     [[again]], trace = run(engine, request)
     record_property("cached_tokens", again.num_cached_tokens)
@@ -50,23 +50,23 @@ def test_prefix_cache_hit(subject: Subject, engine: Engine, record_property: Cal
 
 
 def test_prefix_cache_hit_on_an_item_that_was_not_captured(subject: Subject, engine: Engine) -> None:
-    opted_out = subject.request(image(22), LONG, extra_args={"return_mm_embedding": False})
+    opted_out = subject.request(subject.item(22), LONG, extra_args={"return_mm_embedding": False})
     engine.generate(opted_out)
     covered = engine.generate(opted_out)[0][0]
     assert covered.num_cached_tokens > 20, "the prefix cache has nothing: the condition did not happen"
     before = engine.call(capture_stats)["forced_prefills"]
-    completion = engine.generate(subject.request(image(22), LONG))[0][0]
+    completion = engine.generate(subject.request(subject.item(22), LONG))[0][0]
     assert engine.call(capture_stats)["forced_prefills"] == before + 1
-    assert_same(completion, rows(subject, engine, image(22)))
+    assert_same(completion, rows(subject, engine, subject.item(22)))
 
 
 def test_encoder_cache_hit_of_an_item_that_was_not_captured(subject: Subject, engine: Engine) -> None:
-    engine.generate(subject.request("x", image(23), extra_args={"return_mm_embedding": False}))
-    [[completion]], trace = run(engine, subject.request("other text before it", image(23)))
+    engine.generate(subject.request(subject.item(23), "x", extra_args={"return_mm_embedding": False}))
+    [[completion]], trace = run(engine, subject.request(subject.item(23), "other text"))
     assert sum(trace.encoded) == 0, "the encoder cache did not have the item: the condition did not happen"
     assert embedding(completion).isfinite().all()
     assert engine.call(observe_reset) is None
-    assert_same(completion, rows(subject, engine, image(23)))
+    assert_same(completion, rows(subject, engine, subject.item(23)))
 
 
 def observe_reset(server: Server) -> None:
@@ -74,10 +74,11 @@ def observe_reset(server: Server) -> None:
 
 
 def test_repeats_in_a_prompt_and_in_a_step(subject: Subject, engine: Engine) -> None:
-    requests = [subject.request(text, image(24), image(24)) for text in "abc"]
+    subject.needs_items(2)
+    requests = [subject.request(subject.item(24), subject.item(24), text) for text in "abc"]
     completions, trace = run(engine, *requests)
     assert sum(trace.encoded) == 1, "the item was encoded more than once"
-    truth = rows(subject, engine, image(24))
+    truth = rows(subject, engine, subject.item(24))
     for [completion] in completions:
         assert_same(completion, truth, truth)
 
@@ -88,6 +89,7 @@ def capped(subject: Subject) -> Engine:
     return subject.engine(mm_embedding_memory_gb=2.5 * footprint / 2**30, mm_embedding_cache_gb=0.0)
 
 
+@pytest.mark.once
 def test_requests_wait_at_the_memory_cap(subject: Subject) -> None:
     engine = capped(subject)
     completions = engine.generate(*(subject.request(image(60 + index), "wait") for index in range(6)))
@@ -95,6 +97,7 @@ def test_requests_wait_at_the_memory_cap(subject: Subject) -> None:
     assert_own_rows(subject, engine, completions, [image(60 + index) for index in range(6)])
 
 
+@pytest.mark.once
 @pytest.mark.clause("C12")
 def test_an_item_above_the_memory_cap_is_an_error_that_says_so(subject: Subject) -> None:
     with pytest.raises(RuntimeError, match="mm_embedding_memory_gb"):
@@ -111,8 +114,9 @@ def chunking(subject: Subject) -> Engine:
 
 
 def test_chunked_prefill_with_several_images(subject: Subject, record_property: Callable[[str, object], None]) -> None:
+    subject.needs_items(3)
     engine = chunking(subject)
-    media = [image(31, 128, 128), image(32, 160, 96), image(33, 96, 160)]
+    media = [subject.item(31, 2), subject.item(32, 3), subject.item(33, 1)]
     request = subject.request(media[0], LONG, media[1], LONG, media[2])
     [[completion]], trace = run(engine, request)
     record_property("prefill_steps", len(trace.chunks))
@@ -121,6 +125,7 @@ def test_chunked_prefill_with_several_images(subject: Subject, record_property: 
     assert_same(completion, *(rows(subject, engine, item) for item in media))
 
 
+@pytest.mark.once
 def test_eviction_from_the_encoder_cache_and_encoding_again(subject: Subject) -> None:
     engine = chunking(subject)
     media = [image(seed, 224, 224) for seed in range(41, 46)]
@@ -130,6 +135,7 @@ def test_eviction_from_the_encoder_cache_and_encoding_again(subject: Subject) ->
     assert_same(again, first[0])
 
 
+@pytest.mark.once
 def test_preemption(subject: Subject, record_property: Callable[[str, object], None]) -> None:
     engine = subject.engine(
         num_gpu_blocks_override=7,

@@ -12,7 +12,7 @@ import pytest
 from harness import checkpoints
 from harness.pytest_plugin.subject import Subject
 
-pytestmark = [pytest.mark.suite("contract"), pytest.mark.clause("C12")]
+pytestmark = [pytest.mark.suite("contract"), pytest.mark.once, pytest.mark.clause("C12")]
 
 PROGRAM = """
 import json, sys

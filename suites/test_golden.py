@@ -8,19 +8,15 @@ from collections.abc import Callable
 import pytest
 
 from harness import cases
-from harness.compare import Tolerance
 from harness.goldens import GoldenError, GoldenInputs, Goldens, hash_tensors, hash_token_ids
 from harness.pytest_plugin.subject import Subject
-from harness.reference import Reference
-from suites.test_reference import check, reference
+from suites.test_reference import check
 
-__all__ = ["reference"]
 pytestmark = pytest.mark.suite("golden")
 
 
 def test_golden(
     subject: Subject,
-    reference: Reference,
     goldens: Goldens,
     case: str,
     versions: dict[str, str],
@@ -29,10 +25,12 @@ def test_golden(
 ) -> None:
     if not subject.embedded:
         pytest.skip("goldens are of the embedded checkpoints, in float32")
-    trace, completion, verdict = check(subject, reference, case)
-    parts = cases.CASES[case]
+    observed = subject.observe(case)
+    completion = observed.completion
+    verdict, tolerance = check(subject, observed)
+    parts = cases.parts(subject.spec, case)
     processed = {
-        f"{index}.{name}": tensor for index, item in enumerate(trace.processed[0]) for name, tensor in item.data.items()
+        f"{index}.{name}": tensor for index, item in enumerate(observed.items) for name, tensor in item.data.items()
     }
     weights = hashlib.sha256((subject.path / "model.safetensors").read_bytes()).hexdigest()
     inputs = GoldenInputs(
@@ -48,7 +46,7 @@ def test_golden(
             completion.mm_embedding,
             inputs=inputs,
             items=completion.mm_embedding_items or [],
-            tolerance=Tolerance.float32(),
+            tolerance=tolerance,
             reference_ok=verdict,
             versions=versions,
             update=pytestconfig.getoption("--golden-update"),

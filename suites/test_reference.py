@@ -1,72 +1,96 @@
-"""Captured embeddings against the Hugging Face encoder: same checkpoint, same processed inputs."""
+"""Captured embeddings against Hugging Face: the encoder, the preprocessing before it, and the tokens after it."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from harness import cases, observe
+from harness import cases, diagnose
 from harness.compare import Comparison, Tolerance, compare
-from harness.engine import Completion
-from harness.pytest_plugin.subject import Subject
-from harness.reference import Reference
+from harness.engine_process import Server
+from harness.pytest_plugin.subject import NUM_TOKENS, Observed, Subject
 
-pytestmark = pytest.mark.suite("reference")
-
-
-@functools.cache  # billions of weights of a full-size model, once a session
-def load(path: Path, dtype: torch.dtype) -> Reference:
-    return Reference(path, dtype)
+Record = Callable[[str, object], None]
 
 
-@pytest.fixture
-def reference(subject: Subject) -> Reference:
-    return load(subject.path, torch.float32)
+def check(subject: Subject, observed: Observed) -> tuple[Comparison, Tolerance]:
+    """The captured rows against the Hugging Face encoder's on the inputs that vLLM's processor made."""
+    rows = observed.completion.mm_embedding
+    tolerance = subject.tolerance(observed.items, torch.float32 if rows is None else rows.dtype)
+    expected = subject.reference().encode_items(observed.items).rows
+    return compare(rows, expected, tolerance=tolerance, items=observed.completion.mm_embedding_items), tolerance
 
 
-def check(subject: Subject, reference: Reference, case: str) -> tuple[observe.Trace, Completion, Comparison]:
-    engine = subject.engine(mm_processor_cache_gb=0.0)
-    request = subject.request(*cases.CASES[case], extra_args={"return_mm_embedding_levels": True})
-    [[completion]], trace = engine.call(observe.run, [request])
-    rows, levels = reference.encode(trace.processed[0])
-    dtype = torch.float32 if completion.mm_embedding is None else completion.mm_embedding.dtype
-    if dtype == torch.float32:
-        tolerance = Tolerance.float32()
-    else:
-        tolerance = Tolerance.measured(rows, load(subject.path, dtype).encode(trace.processed[0])[0])
-    comparison = compare(completion.mm_embedding, rows, tolerance=tolerance, items=completion.mm_embedding_items)
-    if comparison.ok and dtype == torch.float32:
-        assert completion.mm_embedding_levels is not None
-        known = {f"deepstack level {index}": level for index, level in enumerate(levels)}
-        for level, (name, expected) in zip(completion.mm_embedding_levels, known.items(), strict=True):
-            found = compare(level, expected, tolerance=tolerance, known=known)
-            assert found.ok, f"{name}: {found.explain()}"
-    return trace, completion, comparison
-
-
+@pytest.mark.suite("encoder")
 @pytest.mark.clause("C3", "C8")
-def test_encoder(
-    subject: Subject, reference: Reference, case: str, record_property: Callable[[str, object], None]
-) -> None:
-    trace, completion, comparison = check(subject, reference, case)
+def test_encoder(subject: Subject, case: str, record_property: Record) -> None:
+    observed = subject.observe(case)
+    comparison, tolerance = check(subject, observed)
     record_property("comparison", comparison.summary)
+    record_property("independent", subject.spec.independent)
+    rows, items = observed.completion.mm_embedding, observed.completion.mm_embedding_items
+    if rows is not None and not comparison.ok:
+        cause = diagnose.of_encoder(comparison, rows, subject.reference(), observed.items, tolerance)
+        record_property("cause", cause.kind)
+        pytest.fail(f"{comparison.explain()}\n{cause}", pytrace=False)
     assert comparison.ok, comparison.explain()
-    items = completion.mm_embedding_items
     assert items is not None
-    assert [item.num_rows for item in items] == [item.num_embeds for item in trace.processed[0]]
+    assert [(item.modality, item.num_rows) for item in items] == [
+        (item.modality, item.num_embeds) for item in observed.items
+    ]
+    levels = observed.completion.mm_embedding_levels
+    expected = subject.reference().encode_items(observed.items).levels
+    assert levels is not None
+    assert len(levels) == subject.spec.num_levels == len(expected)
+    if levels.dtype == torch.float32:
+        known = {f"deepstack level {index}": level for index, level in enumerate(expected)}
+        for level, (name, truth) in zip(levels, known.items(), strict=True):
+            found = compare(level, truth, tolerance=tolerance, known=known)
+            assert found.ok, f"{name}: {found.explain()}"
 
 
-def test_first_tokens(subject: Subject, reference: Reference) -> None:
-    if not subject.embedded:
+@pytest.mark.suite("preprocessing")
+def test_preprocessing(subject: Subject, case: str, record_property: Record) -> None:
+    observed = subject.observe(case)
+    parts, reference = cases.parts(subject.spec, case), subject.reference()
+    processed = reference.process(cases.text(subject.spec, parts), cases.media(parts))
+    try:
+        expected = reference.encode_processed(processed, observed.items).rows
+    except ValueError as error:
+        cause = diagnose.of_preprocessing(None, reference, observed.items, processed)
+        record_property("cause", cause.kind)
+        pytest.fail(f"{error}\n{cause}", pytrace=False)
+    rows = observed.completion.mm_embedding
+    tolerance = subject.tolerance(observed.items, torch.float32 if rows is None else rows.dtype)
+    comparison = compare(rows, expected, tolerance=tolerance, items=observed.completion.mm_embedding_items)
+    record_property("comparison", comparison.summary)
+    if not comparison.ok:
+        cause = diagnose.of_preprocessing(comparison, reference, observed.items, processed)
+        record_property("cause", cause.kind)
+        pytest.fail(f"{comparison.explain()}\n{cause}", pytrace=False)
+
+
+@pytest.mark.suite("tokens")
+def test_first_tokens(subject: Subject, case: str, record_property: Record) -> None:
+    if not subject.embedded or subject.spec.dtype != "float32":
         pytest.skip("greedy tokens of a bfloat16 model may differ where two logits are close")
-    parts = cases.CASES["image"]
-    completion = subject.engine(mm_processor_cache_gb=0.0).generate(
-        subject.request(*parts, max_tokens=6, ignore_eos=True)
-    )[0][0]
-    media = {"image": [part.content for part in parts if not isinstance(part, str)]}
-    expected = reference.generate(cases.text(subject.spec, parts), media, 6)
-    assert completion.token_ids[: len(expected)] == expected, "vLLM's tokens are not Hugging Face's"
+    parts, reference = cases.parts(subject.spec, case), subject.reference()
+    processed = reference.process(cases.text(subject.spec, parts), cases.media(parts))
+    expected = reference.generate(processed, NUM_TOKENS)
+    found = subject.observe(case).completion.token_ids[: len(expected)]
+    if found != expected:
+        with safe_open(subject.path / "model.safetensors", "pt") as file:
+            checkpoint = list(file.keys())
+        cause = diagnose.of_tokens(checkpoint, *subject.engine().call(parameters))
+        record_property("cause", cause.kind)
+        pytest.fail(f"vLLM's tokens are not Hugging Face's: {found}, expected {expected}\n{cause}", pytrace=False)
+
+
+def parameters(server: Server) -> tuple[list[str], dict[str, list[str]]]:
+    """Names of the parameters and buffers of vLLM's model, and its packed modules."""
+    model = server.engine.llm_engine.model_executor.driver_worker.get_model()
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return names, {name: list(parts) for name, parts in getattr(model, "packed_modules_mapping", {}).items()}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,7 +41,7 @@ def build(recipe: str, folder: Path | None = None, *, size: Size = "tiny", dtype
     complete or not there at all, also when several processes build it at once. Nothing that is there is overwritten.
 
     Args:
-        recipe: name in recipes.RECIPES.
+        recipe: one of recipes.NAMES.
         folder: where to put it, missing or empty; a folder of its own in `cache_folder()` by default.
         size: "tiny", or "full" for the published model's dimensions.
         dtype: of the weights, by torch's name.
@@ -105,10 +106,10 @@ def _is_there(target: Path, wanted: dict[str, str]) -> bool:
 def _check(recipe: str, dtype: str) -> None:
     import torch
 
-    from harness.checkpoints.recipes import RECIPES
+    from harness.checkpoints import recipes
 
-    if recipe not in RECIPES:
-        raise CheckpointError(f"there is no recipe {recipe!r}: use one of {', '.join(RECIPES)}")
+    if recipe not in recipes.NAMES:
+        raise CheckpointError(f"there is no recipe {recipe!r}: use one of {', '.join(recipes.NAMES)}")
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CheckpointError(f"{dtype!r} is no dtype of weights: use float32, bfloat16 or float16")
@@ -119,16 +120,38 @@ def _save(recipe: str, folder: Path, size: Size, dtype: str) -> None:
 
     from harness.checkpoints import recipes, weights
 
-    model_class, config, processor = recipes.RECIPES[recipe](size == "full")
+    made = recipes.load(recipe, full=size == "full")
     if size == "tiny":
         with torch.device("cpu"):
-            model = model_class(config).float()
+            model = made.model_class(made.config).float()
         weights.fill(model)
         model = model.to(getattr(torch, dtype))
     else:
-        model = _full_size(model_class, config, getattr(torch, dtype))
+        model = _full_size(made.model_class, made.config, getattr(torch, dtype))
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    _rename(folder, made.rename)
+    made.processor.save_pretrained(folder)
+    for name, text in made.extra.items():
+        (folder / name).write_text(text)
+
+
+def _rename(folder: Path, prefixes: Mapping[str, str]) -> None:
+    """Renames the parameters in the checkpoint's files by their prefix."""
+    if not prefixes:
+        return
+    from safetensors.torch import load_file, save_file
+
+    def renamed(name: str) -> str:
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        return prefixes.get(prefix, "") + name.removeprefix(prefix)
+
+    for path in folder.glob("*.safetensors"):
+        save_file({renamed(name): tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {renamed(name): file for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _full_size(model_class: Any, config: Any, dtype: torch.dtype) -> Any:

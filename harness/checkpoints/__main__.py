@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from harness.checkpoints import CheckpointError, build
-from harness.checkpoints.recipes import RECIPES
+from harness.checkpoints.recipes import NAMES
 
 parser = argparse.ArgumentParser(description="Build an embedded checkpoint.")
-parser.add_argument("recipe", choices=sorted(RECIPES))
+parser.add_argument("recipe", choices=NAMES)
 parser.add_argument("folder", type=Path)
 parser.add_argument("--size", choices=["tiny", "full"], default="tiny")
 parser.add_argument("--dtype", default="float32")

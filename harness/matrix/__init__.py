@@ -12,6 +12,19 @@ import yaml
 
 FOLDER = Path(__file__).parent
 
+_TYPES: dict[str, type] = {
+    "placeholders": dict,
+    "engine_options": dict,
+    "cases": list,
+    "differences": list,
+    "smallest_image": list,
+    "largest_image": list,
+    "independent": bool,
+    "num_levels": int,
+    "gpu_memory_gb": float,
+}
+"""Of the keys that are not text."""
+
 
 class SpecError(ValueError):
     """A model's YAML file cannot be used; one sentence that names file and key."""
@@ -19,6 +32,20 @@ class SpecError(ValueError):
 
 class UnknownModelError(LookupError):
     """No model of that name or checkpoint; one sentence that lists the known ones."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What is known to differ between vLLM and Hugging Face for a model: its test fails, and says so."""
+
+    suite: str
+    """The column of the report in which it shows: "encoder", "preprocessing" or "tokens"."""
+    cases: tuple[str, ...]
+    """Cases in which it shows."""
+    finding: str
+    """Regular expression that the failure's text must match, so that another failure is not taken for it."""
+    reason: str
+    """One sentence: why, and in whose code."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +64,32 @@ class ModelSpec:
     """Text that stands for one item in a prompt, by modality."""
     cases: tuple[str, ...]
     """Names of the cases of harness.cases that apply."""
+    revision: str = "main"
+    """Of the published model on the hub."""
     prompt: str = "{body}"
     """What the family wraps around a prompt's text and media."""
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of EngineArgs for the embedded checkpoint."""
+    dtype: str = "float32"
+    """Of the embedded checkpoint's engine: float32 unless vLLM's CPU kernels of this family know another one only."""
+    reference: str = "generic"
+    """Function of harness.reference.ENCODERS that runs the Hugging Face encoder."""
+    num_levels: int = 0
+    """Deepstack levels that its vision encoder packs behind the rows."""
+    smallest_image: tuple[int, int] = (32, 32)
+    """Width and height of the smallest image that the embedded checkpoint's processor takes."""
+    largest_image: tuple[int, int] = (512, 512)
+    """Width and height of the largest image that it takes before it scales down, or a large one."""
     independent: bool = True
     """False where vLLM runs Hugging Face's own encoder module, so that agreement is weak evidence."""
+    differences: tuple[Difference, ...] = ()
+    """What is known to differ from Hugging Face, each with its reason."""
+    gpu_memory_gb: float = 0.0
+    """GiB that the published model's weights take in its own dtype, so that a runner can be chosen."""
+    min_vllm: str = "0.32"
+    """Oldest release of vLLM that has the model; on older ones it is skipped, with the reason."""
+    min_transformers: str = "5.16"
+    """Oldest release of transformers that has the model; likewise."""
     skip: str | None = None
     """Why the model cannot run here; None if it can."""
 
@@ -66,11 +113,20 @@ def load(path: Path) -> ModelSpec:
     for key, entry in known.items():
         if key not in values and entry.default is MISSING and entry.default_factory is MISSING:
             raise SpecError(f"{path.name} lacks the key {key!r}")
-    types = {"placeholders": dict, "engine_options": dict, "cases": list, "independent": bool}
     for key, value in values.items():
-        if not isinstance(value, expected := types.get(key, str)):
+        expected = _TYPES.get(key, str)
+        if not isinstance(value, expected):
             raise SpecError(f"{path.name}: {key!r} must be a {expected.__name__}, not {value!r}")
-    return ModelSpec(name=path.stem, **{**values, "cases": tuple(values["cases"])})
+    tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    try:
+        tuples["differences"] = tuple(
+            Difference(**{**entry, "cases": tuple(entry["cases"])}) for entry in values.get("differences", ())
+        )
+    except (KeyError, TypeError) as error:
+        raise SpecError(
+            f"{path.name}: an entry of 'differences' must have suite, cases, finding and reason ({error})"
+        ) from error
+    return ModelSpec(name=path.stem, **{**values, **tuples})
 
 
 def load_all() -> dict[str, ModelSpec]:

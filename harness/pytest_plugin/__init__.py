@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from harness import checkpoints, environment, matrix
 from harness.engine import Arm
 from harness.goldens import Goldens
+from harness.pytest_plugin import differences
 from harness.pytest_plugin.recorder import Recorder
 from harness.pytest_plugin.subject import EnginePool, Subject
 
-DEFAULT_MODEL = "qwen3_vl"
+LEADING_MODEL = "qwen3_vl"
+"""The one that the tests marked `once` run for, where no model is named."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,15 +37,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """Checks the options before anything is started."""
     config.addinivalue_line("markers", "clause(*ids): clauses of the contract that the test shows")
     config.addinivalue_line("markers", "suite(name): column of the report")
+    config.addinivalue_line("markers", "once: what the test shows does not depend on the model, and takes many engines")
     results: Path | None = config.getoption("--results")
     if results is not None and (results.is_dir() or not results.parent.is_dir()):
         # Found out after hours, it would lose all that was measured.
         raise pytest.UsageError(f"--results: {results} cannot be written: name a file in a folder that exists")
     try:
-        config.stash[_MODELS] = [_find(name) for name in config.getoption("--model") or [DEFAULT_MODEL]]
+        names = config.getoption("--model")
+        config.stash[_MODELS] = [_find(name) for name in names or matrix.load_all()]
     except (matrix.UnknownModelError, matrix.SpecError) as error:
         raise pytest.UsageError(f"--model: {error}") from error
     config.pluginmanager.register(Recorder(config), "mm-embedding-recorder")
+    config.pluginmanager.register(differences, "mm-embedding-differences")
 
 
 _MODELS = pytest.StashKey[list[tuple[matrix.ModelSpec, Path | None]]]()
@@ -73,6 +79,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("arm", [Arm(arm) for arm in metafunc.config.getoption("--arm") or Arm])
 
 
+def _is_thorough(config: pytest.Config, model: tuple[matrix.ModelSpec, Path | None]) -> bool:
+    spec, folder = model
+    return folder is not None or (spec.name == LEADING_MODEL and not config.getoption("--model"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Takes out the tests marked `once` for the other models."""
+    kept: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        model = getattr(getattr(item, "callspec", None), "params", {}).get("subject")
+        redundant = item.get_closest_marker("once") and model is not None and not _is_thorough(config, model)
+        (others if redundant else kept).append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept
+
+
 @pytest.fixture(scope="session")
 def engine_pool(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[EnginePool]:
     """The engines of this session."""
@@ -93,12 +117,22 @@ def engine_pool(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.C
 def subject(request: pytest.FixtureRequest, engine_pool: EnginePool) -> Subject:
     """The model under test."""
     spec, folder = request.param
-    if spec.skip:
-        pytest.skip(spec.skip)
+    if reason := spec.skip or _too_old(spec):
+        pytest.skip(reason)
     try:
-        return Subject(spec, folder or checkpoints.build(spec.recipe), engine_pool, embedded=folder is None)
+        path = folder or checkpoints.build(spec.recipe)
+        thorough = _is_thorough(request.config, request.param)
+        return Subject(spec, path, engine_pool, embedded=folder is None, thorough=thorough)
     except checkpoints.CheckpointError as error:
         pytest.fail(str(error), pytrace=False)
+
+
+def _too_old(spec: matrix.ModelSpec) -> str | None:
+    found = environment.versions()
+    for package, needed in (("vllm", spec.min_vllm), ("transformers", spec.min_transformers)):
+        if package in found and Version(found[package].split()[0]) < Version(needed):
+            return f"{spec.name} needs {package} {needed} or newer and this is {found[package]}"
+    return None
 
 
 @pytest.fixture(scope="session")

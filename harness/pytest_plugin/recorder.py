@@ -31,6 +31,8 @@ class Recorder:
                 self._results = Results(environment.describe())
             broken = report.when != "call" or (call.excinfo is not None and call.excinfo.errisinstance(EngineError))
             outcome: Outcome = "error" if report.outcome == "failed" and broken else report.outcome
+            if hasattr(report, "wasxfail"):
+                outcome = "known"
             properties: dict[str, Any] = dict(item.user_properties)
             parameters = getattr(getattr(item, "callspec", None), "params", {})
             subject = parameters.get("subject")

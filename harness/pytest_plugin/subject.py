@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from harness import cases
-from harness.engine import Arm, Engine, EngineSpec, Interface, Request
+from harness import cases, observe
+from harness.compare import Tolerance
+from harness.engine import Arm, Completion, Engine, EngineSpec, Interface, Request
 from harness.matrix import ModelSpec
+from harness.media import Media, audio, image
+from harness.observe import ProcessedItem
+from harness.reference import Reference
 
 KV_CACHE_BYTES = 2 << 30
 """Of each engine on a GPU: several live beside each other."""
+
+
+NUM_TOKENS = 6
+"""Greedy tokens of a case: enough to notice a language model that is not the checkpoint's."""
 
 
 class EnginePool:
@@ -59,6 +68,19 @@ class EnginePool:
 
 
 @dataclass(frozen=True)
+class Observed:
+    """One case, run on an engine that captures.
+
+    Attributes:
+        completion: with embeddings, levels and the first greedy tokens.
+        items: what vLLM's processor made of the media, in prompt order.
+    """
+
+    completion: Completion
+    items: list[ProcessedItem]
+
+
+@dataclass(frozen=True, eq=False)
 class Subject:
     """One model.
 
@@ -67,12 +89,16 @@ class Subject:
         path: of the checkpoint.
         pool: of engines.
         embedded: whether the checkpoint is a tiny one of ours, and not the user's.
+        thorough: whether the tests run that start many engines for what does not depend on the model.
     """
 
     spec: ModelSpec
     path: Path
     pool: EnginePool
     embedded: bool
+    thorough: bool
+    _observed: dict[str, Observed] = field(default_factory=dict)
+    _references: dict[torch.dtype, Reference] = field(default_factory=dict)
 
     def engine(
         self,
@@ -84,8 +110,11 @@ class Subject:
     ) -> Engine:
         """An engine of this model, shared with every test that asks for the same."""
         options = {"max_num_seqs": 8, "enforce_eager": True, "seed": 0, **self.spec.engine_options, **options}
+        if in_process:
+            # So that the processor's output is there to read, and one engine serves nearly every test.
+            options.setdefault("mm_processor_cache_gb", 0.0)
         if self.embedded:
-            options.setdefault("dtype", "float32")
+            options.setdefault("dtype", self.spec.dtype)
         if torch.cuda.is_available():
             # A fixed cache instead of what is free: vLLM need not measure that, which fails when an engine beside it
             # ends meanwhile. The utilization is only what must be free at the start.
@@ -97,6 +126,42 @@ class Subject:
     def request(self, *parts: cases.Part, **params: Any) -> Request:
         """A greedy request of these texts and media; `params` for SamplingParams."""
         return Request(cases.prompt(self.spec, parts), {"temperature": 0.0, "max_tokens": 4, **params})
+
+    def item(self, seed: int, shape: int = 0) -> Media:
+        """An item of the model's first modality: an image where it takes images. `shape` picks another size."""
+        if "image" in self.spec.placeholders:
+            return image(seed, *((96, 64), (64, 160), (128, 128), (160, 96))[shape % 4])
+        return audio(seed, (0.6, 1.7, 1.1, 0.9)[shape % 4])
+
+    def needs_items(self, number: int) -> None:
+        """Skips the test where the model takes fewer items of its first modality in a prompt."""
+        [modality, *_] = self.spec.placeholders
+        limit = self.spec.engine_options.get("limit_mm_per_prompt", {}).get(modality, number)
+        if limit < number:
+            pytest.skip(f"{self.spec.name} takes {limit} {modality} a prompt")
+
+    def observe(self, case: str) -> Observed:
+        """The case as the engine ran it, once a session."""
+        if case not in self._observed:
+            extra_args = {"return_mm_embedding_levels": True}
+            parts = cases.parts(self.spec, case)
+            request = self.request(*parts, extra_args=extra_args, max_tokens=NUM_TOKENS, ignore_eos=True)
+            [[completion]], trace = self.engine().call(observe.run, [request])
+            self._observed[case] = Observed(completion, trace.processed[0])
+        return self._observed[case]
+
+    def reference(self, dtype: torch.dtype = torch.float32) -> Reference:
+        """The Hugging Face model, once a session."""
+        if dtype not in self._references:
+            self._references[dtype] = Reference(self.path, dtype, self.spec.reference)
+        return self._references[dtype]
+
+    def tolerance(self, items: Sequence[ProcessedItem], dtype: torch.dtype) -> Tolerance:
+        """How far rows of these items, computed in that dtype, may be from the float32 reference."""
+        if dtype == torch.float32:
+            return Tolerance.float32()
+        truth, own = (self.reference(each).encode_items(items).rows for each in (torch.float32, dtype))
+        return Tolerance.measured(truth, own)
 
 
 class _Frozen(tuple[tuple[str, Any], ...]):

@@ -35,7 +35,7 @@ class Tally:
 
     def __str__(self) -> str:
         """Such as '1 failed, 11 passed'; empty for no tests."""
-        words = {"error": "in error"}
+        words = {"error": "in error", "known": "known to differ"}
         order: tuple[Outcome, ...] = ("failed", "error", *(o for o in OUTCOMES if o not in ("failed", "error")))
         counts = [(self.count(outcome), words.get(outcome, outcome)) for outcome in order]
         return ", ".join(f"{count} {word}" for count, word in counts if count)

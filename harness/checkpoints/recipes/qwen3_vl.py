@@ -1,34 +1,15 @@
-"""How each family's checkpoint is built: its real configuration, model and processor classes, small or full size."""
+"""Qwen3-VL with deepstack; full size: the 4B model's dimensions."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
 
 from harness.checkpoints import tokenizer as tokenizers
+from harness.checkpoints.recipes.base import TEXT, Recipe
 
-
-class Recipe(NamedTuple):
-    """Not built yet: the model's class and configuration, and what else belongs in the folder."""
-
-    model_class: type[PreTrainedModel]
-    config: Any
-    processor: Any
-
-
-_TEXT = {
-    "vocab_size": tokenizers.VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-}
-_QWEN3_VL_4B_TEXT = {
+_4B: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 2560,
     "intermediate_size": 9728,
@@ -41,8 +22,8 @@ _QWEN3_VL_4B_TEXT = {
 }
 
 
-def qwen3_vl(full: bool) -> Recipe:
-    """Qwen3-VL with deepstack; full size: the 4B model's dimensions."""
+def build(full: bool) -> Recipe:
+    """See the module."""
     names = {
         "image_token": "<|image_pad|>",
         "video_token": "<|video_pad|>",
@@ -72,7 +53,7 @@ def qwen3_vl(full: bool) -> Recipe:
     }
     config = transformers.Qwen3VLConfig(
         text_config={
-            **(_QWEN3_VL_4B_TEXT if full else _TEXT),
+            **(_4B if full else {**TEXT, "num_hidden_layers": 4}),
             "rope_parameters": rope,
             "eos_token_id": tokenizer.eos_token_id,
         },
@@ -99,38 +80,3 @@ def qwen3_vl(full: bool) -> Recipe:
         ),
     )
     return Recipe(transformers.Qwen3VLForConditionalGeneration, config, processor)
-
-
-def qwen3_text(full: bool) -> Recipe:
-    """A text-only model, which capture must refuse."""
-    del full
-    tokenizer = tokenizers.build()
-    config = transformers.Qwen3Config(**_TEXT, eos_token_id=tokenizer.eos_token_id)
-    return Recipe(transformers.Qwen3ForCausalLM, config, tokenizer)
-
-
-def whisper(full: bool) -> Recipe:
-    """An encoder-decoder model, which capture must refuse."""
-    del full
-    tokenizer = tokenizers.build(["<|startoftranscript|>"])
-    start = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
-    config = transformers.WhisperConfig(
-        vocab_size=tokenizers.VOCABULARY,
-        d_model=64,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=128,
-        decoder_ffn_dim=128,
-        decoder_start_token_id=start,
-        bos_token_id=start,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    processor = transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(), tokenizer)
-    return Recipe(transformers.WhisperForConditionalGeneration, config, processor)
-
-
-RECIPES = {function.__name__: function for function in (qwen3_vl, qwen3_text, whisper)}
-"""By name."""
