@@ -53,7 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_MODELS] = [matrix.find(name) for name in names or matrix.load_all()]
     except (matrix.UnknownModelError, matrix.SpecError) as error:
         raise pytest.UsageError(f"--model: {error}") from error
-    config.pluginmanager.register(Recorder(config), "mm-embedding-recorder")
+    config.pluginmanager.register(
+        Recorder(results, [spec for spec, _ in config.stash[_MODELS]]), "mm-embedding-recorder"
+    )
     config.pluginmanager.register(differences, "mm-embedding-differences")
 
 
