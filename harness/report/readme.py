@@ -32,7 +32,7 @@ def contract_table(results: Results) -> str:
 
 
 def matrix_table(results: Results) -> str:
-    """Markdown: model x suite with counts, cosine and relative L2 of the worst row; then why what differs or was skipped.
+    """Markdown: model x suite with counts, cosine and relative L2 of the worst row; then known differences and skips.
 
     The columns "video" and "audio" count the tests with such media again.
     """
