@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness import checkpoints, matrix
+from harness import checkpoints, matrix, models
 from harness.checkpoints import weights
 from harness.reference import normalised
 
@@ -58,8 +58,8 @@ def test_raw_pixels_are_normalised_by_channel() -> None:
 
 
 def test_an_unknown_model_lists_the_known_ones() -> None:
-    with pytest.raises(matrix.UnknownModelError, match=r"no model and no folder 'qwen9': .*qwen3_vl"):
-        matrix.find("qwen9")
+    with pytest.raises(models.UnknownModelError, match=r"no model and no folder 'qwen9': .*qwen3_vl"):
+        models.find("qwen9")
 
 
 @pytest.mark.parametrize(

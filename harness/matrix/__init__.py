@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -32,10 +30,6 @@ class SpecError(ValueError):
     """A model's YAML file cannot be used; one sentence that names file and key."""
 
 
-class UnknownModelError(LookupError):
-    """No model of that name or checkpoint; one sentence that lists the known ones."""
-
-
 @dataclass(frozen=True)
 class Difference:
     """What is known to differ between vLLM and Hugging Face for a model: its test fails, and says so."""
@@ -61,11 +55,13 @@ class ModelSpec:
     architecture: str
     """Model class, as in config.json."""
     recipe: str
-    """Function of harness.checkpoints.recipes that builds the embedded checkpoint."""
+    """Module of harness.checkpoints.recipes that builds the embedded checkpoint."""
     placeholders: Mapping[str, str]
     """Text that stands for one item in a prompt, by modality."""
     cases: tuple[str, ...]
     """Names of the cases of harness.cases that apply."""
+    vision_model_type: str | None = None
+    """Of the vision configuration in config.json, where models of one architecture have different encoders."""
     revision: str = "main"
     """Of the published model on the hub."""
     prompt: str = "{body}"
@@ -137,61 +133,3 @@ def load(path: Path) -> ModelSpec:
 def load_all() -> dict[str, ModelSpec]:
     """All models, by name."""
     return {path.stem: load(path) for path in sorted(FOLDER.glob("*.yaml"))}
-
-
-def find(name: str) -> tuple[ModelSpec, Path | None]:
-    """The model of that name and the folder of its checkpoint; None for an embedded one.
-
-    Args:
-        name: stem of a YAML file here, folder of a checkpoint, or hub id of one, which is fetched if it is not there.
-
-    Raises:
-        UnknownModelError: there is none, it cannot be fetched, or it is not a multimodal model; one sentence.
-    """
-    models = load_all()
-    if name in models:
-        return models[name], None
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = _fetch(name, models)
-    return of_checkpoint(folder), folder
-
-
-def _fetch(name: str, models: Mapping[str, ModelSpec]) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UnknownModelError(
-            f"there is no model and no folder {name!r}: name the folder of a checkpoint, a hub id or one of "
-            f"{', '.join(models)}"
-        )
-    import huggingface_hub
-
-    revision = next((spec.revision for spec in models.values() if spec.hub_id == name), "main")
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision))
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UnknownModelError(f"{name} is no folder and cannot be fetched from the hub: {reason}") from error
-
-
-def of_checkpoint(folder: Path) -> ModelSpec:
-    """The model that a checkpoint's config.json says it is of; if no file here is of it, what its folder tells.
-
-    Raises:
-        UnknownModelError: it says nothing, or is of no multimodal model.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnknownModelError(f"{path} cannot be read ({error.strerror}): name the folder of a checkpoint") from error
-    except ValueError as error:
-        raise UnknownModelError(f"{path} is not JSON ({error}): name the folder of a checkpoint") from error
-    architectures = config.get("architectures") if isinstance(config, dict) else None
-    if not isinstance(architectures, list) or not architectures:
-        raise UnknownModelError(f"{path} names no architectures: name the folder of a checkpoint")
-    for spec in load_all().values():
-        if spec.architecture in architectures:
-            return spec
-    from harness.matrix.discover import discover
-
-    return discover(folder, architectures[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from harness import checkpoints, environment, matrix
+from harness import checkpoints, environment, matrix, models
 from harness.engine import Arm
 from harness.goldens import Goldens
 from harness.pytest_plugin import differences
@@ -50,8 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--results: {results} cannot be written: name a file in a folder that exists")
     try:
         names = config.getoption("--model")
-        config.stash[_MODELS] = [matrix.find(name) for name in names or matrix.load_all()]
-    except (matrix.UnknownModelError, matrix.SpecError) as error:
+        config.stash[_MODELS] = [models.find(name) for name in names or matrix.load_all()]
+    except (models.UnknownModelError, matrix.SpecError) as error:
         raise pytest.UsageError(f"--model: {error}") from error
     config.pluginmanager.register(
         Recorder(results, [spec for spec, _ in config.stash[_MODELS]]), "mm-embedding-recorder"
@@ -64,9 +64,9 @@ _MODELS = pytest.StashKey[list[tuple[matrix.ModelSpec, Path | None]]]()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test of a subject once per model and, if it takes a case, once per case."""
-    models = metafunc.config.stash[_MODELS]
+    found = metafunc.config.stash[_MODELS]
     if "case" in metafunc.fixturenames:
-        pairs = [(model, case) for model in models for case in model[0].cases]
+        pairs = [(model, case) for model in found for case in model[0].cases]
         metafunc.parametrize(
             ("subject", "case"),
             pairs,
@@ -75,7 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             scope="session",
         )
     elif "subject" in metafunc.fixturenames:
-        metafunc.parametrize("subject", models, indirect=True, ids=[spec.name for spec, _ in models], scope="session")
+        metafunc.parametrize("subject", found, indirect=True, ids=[spec.name for spec, _ in found], scope="session")
     if "arm" in metafunc.fixturenames:
         metafunc.parametrize("arm", [Arm(arm) for arm in metafunc.config.getoption("--arm") or Arm])
 
