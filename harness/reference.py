@@ -78,6 +78,8 @@ class Reference:
         for modality in dict.fromkeys(item.modality for item in items):
             sizes = [item.num_embeds for item in items if item.modality == modality]
             encoded = self.encode(modality, processed)
+            if len(encoded.rows) == sum(item.num_embeds for item in items):
+                return encoded  # of items of one modality, or of all: InternVL's processor joins images and frames
             if len(encoded.rows) != sum(sizes):
                 raise ValueError(
                     f"Hugging Face's processor and encoder make {len(encoded.rows)} rows of the {modality} items where "
@@ -131,19 +133,26 @@ def _concatenate(pieces: Sequence[Encoded]) -> Encoded:
 
 def generic(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
     """`get_image_features` and its kin, with those of the inputs that their signature names."""
-    owner = next(
-        (found for found in (reference.model, getattr(reference.model, "model", None)) if _features(found, modality)),
-        None,
-    )
-    if owner is None:
+    # A family without get_video_features encodes the frames as images.
+    kinds = [modality, "image"] if modality == "video" else [modality]
+    owners = (reference.model, getattr(reference.model, "model", None))
+    encode = next((found for kind in kinds for owner in owners if (found := _features(owner, kind))), None)
+    if encode is None:
         raise NotImplementedError(f"{type(reference.model).__name__} has no get_{modality}_features")
-    encode = _features(owner, modality)
-    names = [name for name in inspect.signature(encode).parameters if name in inputs]
-    return encoded(encode(**{name: prepared(reference, modality, inputs[name]) for name in names}))
+    names = {name: _input_name(modality, name, inputs) for name in inspect.signature(encode).parameters}
+    return encoded(
+        encode(**{name: prepared(reference, modality, inputs[key]) for name, key in names.items() if key in inputs})
+    )
 
 
 def _features(owner: Any, modality: str) -> Any:
     return getattr(owner, f"get_{modality}_features", None)
+
+
+def _input_name(modality: str, argument: str, inputs: Inputs) -> str:
+    """Whose value an argument of the encoder gets: a video's pixel_values are called pixel_values_videos."""
+    of_video = f"{argument}_videos"
+    return of_video if modality == "video" and of_video in inputs else argument
 
 
 def encoded(output: Any) -> Encoded:
