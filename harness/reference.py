@@ -204,5 +204,15 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return scaled.reshape(pixels.shape)
 
 
-ENCODERS: dict[str, Encode] = {"generic": generic}
+def tiles(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """As generic, for tiles that come as those of one prompt: (1, num_tiles, ...). vLLM hands on (num_tiles, ...)."""
+    dimensions = {"pixel_values": 5, "pixel_attention_mask": 4}
+    batch = {
+        name: value[None] if name in dimensions and value.ndim < dimensions[name] else value
+        for name, value in inputs.items()
+    }
+    return generic(reference, modality, batch)
+
+
+ENCODERS: dict[str, Encode] = {"generic": generic, "tiles": tiles}
 """By the name that a model's YAML file gives."""
