@@ -214,5 +214,12 @@ def tiles(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
     return generic(reference, modality, batch)
 
 
-ENCODERS: dict[str, Encode] = {"generic": generic, "tiles": tiles}
+def pixtral(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """With image_sizes, (height, width) of each image, which vLLM does not hand on: its images are not padded."""
+    pixels = prepared(reference, modality, inputs["pixel_values"])
+    sizes = inputs.get("image_sizes", torch.tensor([pixels.shape[-2:]] * len(pixels)))
+    return encoded(reference.model.get_image_features(pixel_values=pixels, image_sizes=sizes))
+
+
+ENCODERS: dict[str, Encode] = {"generic": generic, "tiles": tiles, "pixtral": pixtral}
 """By the name that a model's YAML file gives."""
