@@ -66,6 +66,8 @@ class ModelSpec:
     """Names of the cases of harness.cases that apply."""
     revision: str = "main"
     """Of the published model on the hub."""
+    vision_type: str = ""
+    """model_type of its vision_config, where another family has the same architecture."""
     prompt: str = "{body}"
     """What the family wraps around a prompt's text and media."""
     engine_options: Mapping[str, Any] = field(default_factory=dict)
@@ -165,8 +167,11 @@ def of_checkpoint(folder: Path) -> ModelSpec:
     if not isinstance(architectures, list) or not architectures:
         raise UnknownModelError(f"{path} names no architectures: name the folder of a checkpoint")
     models = load_all().values()
-    for spec in models:
-        if spec.architecture in architectures:
-            return spec
+    vision = config.get("vision_config")
+    vision_type = vision.get("model_type") if isinstance(vision, dict) else None
+    for wanted in (vision_type, ""):
+        for spec in models:
+            if spec.architecture in architectures and spec.vision_type == wanted:
+                return spec
     known = ", ".join(sorted({spec.architecture for spec in models}))
     raise UnknownModelError(f"{folder} is a {architectures[0]}: use a checkpoint of {known}")
