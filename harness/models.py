@@ -76,10 +76,12 @@ def of_checkpoint(folder: Path) -> ModelSpec:
     architectures = config.get("architectures") if isinstance(config, dict) else None
     if not isinstance(architectures, list) or not architectures:
         raise UnknownModelError(f"{path} names no architectures: name the folder of a checkpoint")
-    vision = config.get("vision_config") or {}
-    for spec in load_all().values():
-        if spec.architecture in architectures and spec.vision_model_type in (None, vision.get("model_type")):
-            return spec
+    vision = config.get("vision_config")
+    vision_type = vision.get("model_type") if isinstance(vision, dict) else None
+    for wanted in (vision_type, ""):
+        for spec in load_all().values():
+            if spec.architecture in architectures and spec.vision_type == wanted:
+                return spec
     return discover(folder, architectures[0])
 
 

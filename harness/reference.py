@@ -78,6 +78,8 @@ class Reference:
         for modality in dict.fromkeys(item.modality for item in items):
             sizes = [item.num_embeds for item in items if item.modality == modality]
             encoded = self.encode(modality, processed)
+            if len(encoded.rows) == sum(item.num_embeds for item in items):
+                return encoded  # of items of one modality, or of all: InternVL's processor joins images and frames
             if len(encoded.rows) != sum(sizes):
                 raise ValueError(
                     f"Hugging Face's processor and encoder make {len(encoded.rows)} rows of the {modality} items where "
@@ -131,19 +133,26 @@ def _concatenate(pieces: Sequence[Encoded]) -> Encoded:
 
 def generic(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
     """`get_image_features` and its kin, with those of the inputs that their signature names."""
-    owner = next(
-        (found for found in (reference.model, getattr(reference.model, "model", None)) if _features(found, modality)),
-        None,
-    )
-    if owner is None:
+    # A family without get_video_features encodes the frames as images.
+    kinds = [modality, "image"] if modality == "video" else [modality]
+    owners = (reference.model, getattr(reference.model, "model", None))
+    encode = next((found for kind in kinds for owner in owners if (found := _features(owner, kind))), None)
+    if encode is None:
         raise NotImplementedError(f"{type(reference.model).__name__} has no get_{modality}_features")
-    encode = _features(owner, modality)
-    names = [name for name in inspect.signature(encode).parameters if name in inputs]
-    return encoded(encode(**{name: prepared(reference, modality, inputs[name]) for name in names}))
+    names = {name: _input_name(modality, name, inputs) for name in inspect.signature(encode).parameters}
+    return encoded(
+        encode(**{name: prepared(reference, modality, inputs[key]) for name, key in names.items() if key in inputs})
+    )
 
 
 def _features(owner: Any, modality: str) -> Any:
     return getattr(owner, f"get_{modality}_features", None)
+
+
+def _input_name(modality: str, argument: str, inputs: Inputs) -> str:
+    """Whose value an argument of the encoder gets: a video's pixel_values are called pixel_values_videos."""
+    of_video = f"{argument}_videos"
+    return of_video if modality == "video" and of_video in inputs else argument
 
 
 def encoded(output: Any) -> Encoded:
@@ -195,5 +204,22 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return scaled.reshape(pixels.shape)
 
 
-ENCODERS: dict[str, Encode] = {"generic": generic}
+def tiles(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """As generic, for tiles that come as those of one prompt: (1, num_tiles, ...). vLLM hands on (num_tiles, ...)."""
+    dimensions = {"pixel_values": 5, "pixel_attention_mask": 4}
+    batch = {
+        name: value[None] if name in dimensions and value.ndim < dimensions[name] else value
+        for name, value in inputs.items()
+    }
+    return generic(reference, modality, batch)
+
+
+def pixtral(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """With image_sizes, (height, width) of each image, which vLLM does not hand on: its images are not padded."""
+    pixels = prepared(reference, modality, inputs["pixel_values"])
+    sizes = inputs.get("image_sizes", torch.tensor([pixels.shape[-2:]] * len(pixels)))
+    return encoded(reference.model.get_image_features(pixel_values=pixels, image_sizes=sizes))
+
+
+ENCODERS: dict[str, Encode] = {"generic": generic, "tiles": tiles, "pixtral": pixtral}
 """By the name that a model's YAML file gives."""

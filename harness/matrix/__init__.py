@@ -60,10 +60,10 @@ class ModelSpec:
     """Text that stands for one item in a prompt, by modality."""
     cases: tuple[str, ...]
     """Names of the cases of harness.cases that apply."""
-    vision_model_type: str | None = None
-    """Of the vision configuration in config.json, where models of one architecture have different encoders."""
     revision: str = "main"
     """Of the published model on the hub."""
+    vision_type: str = ""
+    """model_type of its vision_config, where another family has the same architecture."""
     prompt: str = "{body}"
     """What the family wraps around a prompt's text and media."""
     engine_options: Mapping[str, Any] = field(default_factory=dict)
