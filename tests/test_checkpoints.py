@@ -22,6 +22,11 @@ def test_the_generator_is_bit_stable() -> None:
     assert not np.array_equal(values, weights.uniform("0/model.bias", (3, 5)))
 
 
+def test_the_experts_of_a_layer_are_a_stack_of_matrices() -> None:
+    assert weights.fan_in("conv.weight", torch.empty(8, 3, 2, 2)) == 12
+    assert weights.fan_in("mlp.experts.down_proj", torch.empty(4, 8, 16)) == 16
+
+
 def test_the_checkpoint_has_the_pinned_bytes() -> None:
     folder = checkpoints.build("qwen3_vl")
     assert {
