@@ -51,10 +51,14 @@ class Reference:
         checkpoint: its folder.
         dtype: to compute in.
         encoder: key of ENCODERS.
+        num_levels: deepstack levels, zeros for items that have none.
     """
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32, encoder: str = "generic") -> None:
+    def __init__(
+        self, checkpoint: Path, dtype: torch.dtype = torch.float32, encoder: str = "generic", num_levels: int = 0
+    ) -> None:
         self.dtype = dtype
+        self.num_levels = num_levels
         self._encode = ENCODERS[encoder]
         self.processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint)
         self.model: Any = _load(checkpoint, dtype)
@@ -66,7 +70,7 @@ class Reference:
 
     def encode_items(self, items: Sequence[Item]) -> Encoded:
         """Rows and levels of items, each encoded from its own inputs."""
-        return _concatenate([self.encode(item.modality, item.data) for item in items])
+        return _concatenate([self.encode(item.modality, item.data) for item in items], self.num_levels)
 
     def encode_processed(self, processed: Inputs, items: Sequence[Item]) -> Encoded:
         """Rows and levels in the order of `items`, from what `process` made of the whole prompt.
@@ -87,7 +91,7 @@ class Reference:
                 )
             pieces = zip(encoded.rows.split(sizes), encoded.levels.split(sizes, dim=1), strict=True)
             found[modality] = [Encoded(*piece) for piece in pieces]
-        return _concatenate([found[item.modality].pop(0) for item in items])
+        return _concatenate([found[item.modality].pop(0) for item in items], self.num_levels)
 
     def process(self, text: str, media: Mapping[str, Sequence[Media]]) -> dict[str, Any]:
         """What Hugging Face's own processor makes of a prompt: the arguments of the model's forward."""
@@ -119,12 +123,15 @@ class Reference:
 def _load(checkpoint: Path, dtype: torch.dtype) -> Any:
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     [architecture] = config.architectures
+    if hasattr(config, "thinker_config"):
+        # Of an omni model the part that reads, as in vLLM: the whole needs files for the voices of the other part.
+        architecture = f"{type(config).__name__.removesuffix('Config')}ThinkerForConditionalGeneration"
     return getattr(transformers, architecture).from_pretrained(checkpoint, dtype=dtype).eval()
 
 
-def _concatenate(pieces: Sequence[Encoded]) -> Encoded:
-    """Items without deepstack levels (audio beside images) have zeros there, as vLLM gives the language model."""
-    most = max(len(piece.levels) for piece in pieces)
+def _concatenate(pieces: Sequence[Encoded], num_levels: int) -> Encoded:
+    """Items without deepstack levels (audio of a model whose images have some) have zeros, as in the language model."""
+    most = max(num_levels, *(len(piece.levels) for piece in pieces))
     levels = [
         torch.cat([piece.levels, piece.rows.new_zeros(most - len(piece.levels), *piece.rows.shape)]) for piece in pieces
     ]
@@ -221,5 +228,14 @@ def pixtral(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
     return encoded(reference.model.get_image_features(pixel_values=pixels, image_sizes=sizes))
 
 
-ENCODERS: dict[str, Encode] = {"generic": generic, "tiles": tiles, "pixtral": pixtral}
+def omni(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """`generic`, and audio also as vLLM packs it: one recording's features, (num_mel_bins, num_frames), unpadded."""
+    packed = inputs.get("input_audio_features")
+    if packed is not None:
+        mask = torch.ones(1, packed.shape[-1], dtype=torch.long)
+        inputs = {"input_features": packed[None], "feature_attention_mask": mask}
+    return generic(reference, modality, inputs)
+
+
+ENCODERS: dict[str, Encode] = {"generic": generic, "tiles": tiles, "pixtral": pixtral, "omni": omni}
 """By the name that a model's YAML file gives."""

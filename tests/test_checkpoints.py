@@ -24,6 +24,11 @@ def test_the_generator_is_bit_stable() -> None:
     assert not np.array_equal(values, weights.uniform("0/model.bias", (3, 5)))
 
 
+def test_the_experts_of_a_layer_are_a_stack_of_matrices() -> None:
+    assert weights.fan_in("conv.weight", torch.empty(8, 3, 2, 2)) == 12
+    assert weights.fan_in("mlp.experts.down_proj", torch.empty(4, 8, 16)) == 16
+
+
 def test_the_checkpoint_has_the_pinned_bytes() -> None:
     folder = checkpoints.build("qwen3_vl")
     assert {
@@ -89,5 +94,5 @@ def test_families_of_one_architecture_are_told_apart(tmp_path: Path) -> None:
         return models.of_checkpoint(tmp_path).name
 
     assert family("pixtral") == "pixtral"
-    with contextlib.suppress(matrix.UnknownModelError):
+    with contextlib.suppress(models.UnknownModelError):
         assert family("clip_vision_model") != "pixtral"

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 _JITTER = 0.1
+_DRAWN = ".A_log"
+"""Decay of linear attention: the model classes draw it from torch's generator, which no seed of ours sets."""
 
 
 def uniform(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -28,7 +30,8 @@ def fill(model: nn.Module, seed: int = 0) -> None:
     """Sets every parameter, so that each one matters to the output.
 
     The usual 0.02 makes rows that hardly depend on the image. Matrices get the variance 1/fan_in, embedding tables
-    0.5**2, and vectors (biases, norms) a jitter of 0.1 about the value that the model class gave them.
+    0.5**2, and vectors (biases, norms) a jitter of 0.1 about the value that the model class gave them, unless it draws
+    that at random.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
@@ -37,10 +40,16 @@ def fill(model: nn.Module, seed: int = 0) -> None:
             if id(parameter) in tables:
                 parameter.copy_(values * (0.5 * 3**0.5))
             elif parameter.ndim > 1:
-                fan_in = parameter[0].numel()
-                parameter.copy_(values * (3 / fan_in) ** 0.5)
+                parameter.copy_(values * (3 / fan_in(name, parameter)) ** 0.5)
+            elif name.endswith(_DRAWN):
+                parameter.copy_(values)
             else:
                 parameter.add_(values * _JITTER)
+
+
+def fan_in(name: str, parameter: Tensor) -> int:
+    """Summands of one output of a matrix or of a convolution; the experts of a layer are a stack of matrices."""
+    return parameter.shape[-1] if ".experts." in name else parameter[0].numel()
 
 
 def digest(model: nn.Module) -> str:

@@ -164,7 +164,7 @@ class Subject:
     def reference(self, dtype: torch.dtype = torch.float32) -> Reference:
         """The Hugging Face model, once a session."""
         if dtype not in self._references:
-            self._references[dtype] = Reference(self.path, dtype, self.spec.reference)
+            self._references[dtype] = Reference(self.path, dtype, self.spec.reference, self.spec.num_levels)
         return self._references[dtype]
 
     def tolerance(self, items: Sequence[ProcessedItem], dtype: torch.dtype) -> Tolerance:
