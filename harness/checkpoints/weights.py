@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 _JITTER = 0.1
 
+_TABLE = 0.5
+_TIED_TABLE = 0.1
+
 
 def uniform(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """float32 values in [-1, 1), a function of `key` and the position alone.
@@ -28,19 +31,29 @@ def fill(model: nn.Module, seed: int = 0) -> None:
     """Sets every parameter, so that each one matters to the output.
 
     The usual 0.02 makes rows that hardly depend on the image. Matrices get the variance 1/fan_in, embedding tables
-    0.5**2, and vectors (biases, norms) a jitter of 0.1 about the value that the model class gave them.
+    0.5**2 behind the factor that some classes apply to them, and vectors (biases, norms) a jitter of 0.1 about the
+    value that the model class gave them, or about 0 where it drew their entries at random. A table that is the
+    language model's head too is smaller: with a large one every token follows itself, whatever the image.
     """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = {
+        id(module.weight): getattr(module, "scalar_embed_scale", 1.0)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.from_numpy(uniform(f"{seed}/{name}", tuple(parameter.shape)))
             if id(parameter) in tables:
-                parameter.copy_(values * (0.5 * 3**0.5))
+                size = _TIED_TABLE if id(parameter) in heads else _TABLE
+                parameter.copy_(values * (size * 3**0.5 / tables[id(parameter)]))
             elif parameter.ndim > 1:
                 fan_in = parameter[0].numel()
                 parameter.copy_(values * (3 / fan_in) ** 0.5)
-            else:
+            elif bool((parameter == parameter.flatten()[0]).all()):
                 parameter.add_(values * _JITTER)
+            else:
+                parameter.copy_(values * _JITTER)
 
 
 def digest(model: nn.Module) -> str:
