@@ -29,6 +29,26 @@ def test_the_experts_of_a_layer_are_a_stack_of_matrices() -> None:
     assert weights.fan_in("mlp.experts.down_proj", torch.empty(4, 8, 16)) == 16
 
 
+def test_vectors_do_not_keep_what_the_model_class_drew_at_random() -> None:
+    digests = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        norm, linear = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+        weights.fill(torch.nn.Sequential(norm, linear))
+        assert (norm.weight - 1).abs().max() <= 0.1
+        digests.add(weights.digest(linear))
+    assert len(digests) == 1
+
+
+def test_a_table_that_is_the_head_too_is_small() -> None:
+    table, head = torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64, bias=False)
+    weights.fill(torch.nn.Sequential(table, head))
+    free = table.weight.std()
+    head.weight = table.weight
+    weights.fill(torch.nn.Sequential(table, head))
+    torch.testing.assert_close(table.weight.std(), free / 5)
+
+
 def test_the_checkpoint_has_the_pinned_bytes() -> None:
     folder = checkpoints.build("qwen3_vl")
     assert {
