@@ -85,17 +85,24 @@ def _is_thorough(config: pytest.Config, model: tuple[matrix.ModelSpec, Path | No
     return folder is not None or (spec.name == LEADING_MODEL and not config.getoption("--model"))
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Takes out the tests marked `once` for the other models."""
-    kept: list[pytest.Item] = []
+    """Takes out the tests marked `once` for the other models, and puts each model's tests together.
+
+    Pytest's own order goes through all models once a module, and starts their engines as often.
+    """
+    models = config.stash[_MODELS]
+    kept: list[tuple[int, pytest.Item]] = []
     others: list[pytest.Item] = []
     for item in items:
         model = getattr(getattr(item, "callspec", None), "params", {}).get("subject")
-        redundant = item.get_closest_marker("once") and model is not None and not _is_thorough(config, model)
-        (others if redundant else kept).append(item)
+        if item.get_closest_marker("once") and model is not None and not _is_thorough(config, model):
+            others.append(item)
+        else:
+            kept.append((len(models) if model is None else models.index(model), item))
+    items[:] = [item for _, item in sorted(kept, key=lambda pair: pair[0])]
     if others:
         config.hook.pytest_deselected(items=others)
-        items[:] = kept
 
 
 @pytest.fixture(scope="session")
