@@ -51,10 +51,14 @@ class Reference:
         checkpoint: its folder.
         dtype: to compute in.
         encoder: key of ENCODERS.
+        num_levels: deepstack levels, zeros for items that have none.
     """
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32, encoder: str = "generic") -> None:
+    def __init__(
+        self, checkpoint: Path, dtype: torch.dtype = torch.float32, encoder: str = "generic", num_levels: int = 0
+    ) -> None:
         self.dtype = dtype
+        self.num_levels = num_levels
         self._encode = ENCODERS[encoder]
         self.processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint)
         self.model: Any = _load(checkpoint, dtype)
@@ -66,7 +70,7 @@ class Reference:
 
     def encode_items(self, items: Sequence[Item]) -> Encoded:
         """Rows and levels of items, each encoded from its own inputs."""
-        return _concatenate([self.encode(item.modality, item.data) for item in items])
+        return _concatenate([self.encode(item.modality, item.data) for item in items], self.num_levels)
 
     def encode_processed(self, processed: Inputs, items: Sequence[Item]) -> Encoded:
         """Rows and levels in the order of `items`, from what `process` made of the whole prompt.
@@ -78,6 +82,8 @@ class Reference:
         for modality in dict.fromkeys(item.modality for item in items):
             sizes = [item.num_embeds for item in items if item.modality == modality]
             encoded = self.encode(modality, processed)
+            if len(encoded.rows) == sum(item.num_embeds for item in items):
+                return encoded  # of items of one modality, or of all: InternVL's processor joins images and frames
             if len(encoded.rows) != sum(sizes):
                 raise ValueError(
                     f"Hugging Face's processor and encoder make {len(encoded.rows)} rows of the {modality} items where "
@@ -85,7 +91,7 @@ class Reference:
                 )
             pieces = zip(encoded.rows.split(sizes), encoded.levels.split(sizes, dim=1), strict=True)
             found[modality] = [Encoded(*piece) for piece in pieces]
-        return _concatenate([found[item.modality].pop(0) for item in items])
+        return _concatenate([found[item.modality].pop(0) for item in items], self.num_levels)
 
     def process(self, text: str, media: Mapping[str, Sequence[Media]]) -> dict[str, Any]:
         """What Hugging Face's own processor makes of a prompt: the arguments of the model's forward."""
@@ -117,12 +123,15 @@ class Reference:
 def _load(checkpoint: Path, dtype: torch.dtype) -> Any:
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     [architecture] = config.architectures
+    if hasattr(config, "thinker_config"):
+        # Of an omni model the part that reads, as in vLLM: the whole needs files for the voices of the other part.
+        architecture = f"{type(config).__name__.removesuffix('Config')}ThinkerForConditionalGeneration"
     return getattr(transformers, architecture).from_pretrained(checkpoint, dtype=dtype).eval()
 
 
-def _concatenate(pieces: Sequence[Encoded]) -> Encoded:
-    """Items without deepstack levels (audio beside images) have zeros there, as vLLM gives the language model."""
-    most = max(len(piece.levels) for piece in pieces)
+def _concatenate(pieces: Sequence[Encoded], num_levels: int) -> Encoded:
+    """Items without deepstack levels (audio of a model whose images have some) have zeros, as in the language model."""
+    most = max(num_levels, *(len(piece.levels) for piece in pieces))
     levels = [
         torch.cat([piece.levels, piece.rows.new_zeros(most - len(piece.levels), *piece.rows.shape)]) for piece in pieces
     ]
@@ -131,19 +140,26 @@ def _concatenate(pieces: Sequence[Encoded]) -> Encoded:
 
 def generic(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
     """`get_image_features` and its kin, with those of the inputs that their signature names."""
-    owner = next(
-        (found for found in (reference.model, getattr(reference.model, "model", None)) if _features(found, modality)),
-        None,
-    )
-    if owner is None:
+    # A family without get_video_features encodes the frames as images.
+    kinds = [modality, "image"] if modality == "video" else [modality]
+    owners = (reference.model, getattr(reference.model, "model", None))
+    encode = next((found for kind in kinds for owner in owners if (found := _features(owner, kind))), None)
+    if encode is None:
         raise NotImplementedError(f"{type(reference.model).__name__} has no get_{modality}_features")
-    encode = _features(owner, modality)
-    names = [name for name in inspect.signature(encode).parameters if name in inputs]
-    return encoded(encode(**{name: prepared(reference, modality, inputs[name]) for name in names}))
+    names = {name: _input_name(modality, name, inputs) for name in inspect.signature(encode).parameters}
+    return encoded(
+        encode(**{name: prepared(reference, modality, inputs[key]) for name, key in names.items() if key in inputs})
+    )
 
 
 def _features(owner: Any, modality: str) -> Any:
     return getattr(owner, f"get_{modality}_features", None)
+
+
+def _input_name(modality: str, argument: str, inputs: Inputs) -> str:
+    """Whose value an argument of the encoder gets: a video's pixel_values are called pixel_values_videos."""
+    of_video = f"{argument}_videos"
+    return of_video if modality == "video" and of_video in inputs else argument
 
 
 def encoded(output: Any) -> Encoded:
@@ -195,6 +211,32 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return scaled.reshape(pixels.shape)
 
 
+def tiles(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """As generic, for tiles that come as those of one prompt: (1, num_tiles, ...). vLLM hands on (num_tiles, ...)."""
+    dimensions = {"pixel_values": 5, "pixel_attention_mask": 4}
+    batch = {
+        name: value[None] if name in dimensions and value.ndim < dimensions[name] else value
+        for name, value in inputs.items()
+    }
+    return generic(reference, modality, batch)
+
+
+def pixtral(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """With image_sizes, (height, width) of each image, which vLLM does not hand on: its images are not padded."""
+    pixels = prepared(reference, modality, inputs["pixel_values"])
+    sizes = inputs.get("image_sizes", torch.tensor([pixels.shape[-2:]] * len(pixels)))
+    return encoded(reference.model.get_image_features(pixel_values=pixels, image_sizes=sizes))
+
+
+def omni(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """`generic`, and audio also as vLLM packs it: one recording's features, (num_mel_bins, num_frames), unpadded."""
+    packed = inputs.get("input_audio_features")
+    if packed is not None:
+        mask = torch.ones(1, packed.shape[-1], dtype=torch.long)
+        inputs = {"input_features": packed[None], "feature_attention_mask": mask}
+    return generic(reference, modality, inputs)
+
+
 def qwen2_audio(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
     """As the forward of Qwen2AudioModel, which has no `get_audio_features`."""
     del modality
@@ -209,5 +251,11 @@ def qwen2_audio(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
     return encoded([item[:number] for item, number in zip(rows, num_rows.tolist(), strict=True)])
 
 
-ENCODERS: dict[str, Encode] = {"generic": generic, "qwen2_audio": qwen2_audio}
+ENCODERS: dict[str, Encode] = {
+    "generic": generic,
+    "tiles": tiles,
+    "pixtral": pixtral,
+    "omni": omni,
+    "qwen2_audio": qwen2_audio,
+}
 """By the name that a model's YAML file gives."""

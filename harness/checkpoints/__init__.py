@@ -158,6 +158,8 @@ def _full_size(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """Torch's generator: billions of weights of the numpy one would take minutes, and no golden pins them."""
     import torch
 
+    from harness.checkpoints import weights
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     with torch.device(device):
@@ -168,9 +170,9 @@ def _full_size(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
         finally:
             torch.set_default_dtype(previous)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0.0, parameter[0].numel() ** -0.5)
+                parameter.normal_(0.0, weights.fan_in(name, parameter) ** -0.5)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 _JITTER = 0.1
-
 _TABLE = 0.5
 _TIED_TABLE = 0.1
 
@@ -48,12 +47,16 @@ def fill(model: nn.Module, seed: int = 0) -> None:
                 size = _TIED_TABLE if id(parameter) in heads else _TABLE
                 parameter.copy_(values * (size * 3**0.5 / tables[id(parameter)]))
             elif parameter.ndim > 1:
-                fan_in = parameter[0].numel()
-                parameter.copy_(values * (3 / fan_in) ** 0.5)
+                parameter.copy_(values * (3 / fan_in(name, parameter)) ** 0.5)
             elif bool((parameter == parameter.flatten()[0]).all()):
                 parameter.add_(values * _JITTER)
             else:
                 parameter.copy_(values * _JITTER)
+
+
+def fan_in(name: str, parameter: Tensor) -> int:
+    """Summands of one output of a matrix or of a convolution; the experts of a layer are a stack of matrices."""
+    return parameter.shape[-1] if ".experts." in name else parameter[0].numel()
 
 
 def digest(model: nn.Module) -> str:

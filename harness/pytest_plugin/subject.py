@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +142,15 @@ class Subject:
         if limit < number:
             pytest.skip(f"{self.spec.name} takes {limit} {modality} a prompt")
 
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """sha256 over the checkpoint's tensor files, in the order of their names."""
+        digest = hashlib.sha256()
+        for path in sorted(self.path.glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
     def observe(self, case: str) -> Observed:
         """The case as the engine ran it, once a session."""
         if case not in self._observed:
@@ -153,7 +164,7 @@ class Subject:
     def reference(self, dtype: torch.dtype = torch.float32) -> Reference:
         """The Hugging Face model, once a session."""
         if dtype not in self._references:
-            self._references[dtype] = Reference(self.path, dtype, self.spec.reference)
+            self._references[dtype] = Reference(self.path, dtype, self.spec.reference, self.spec.num_levels)
         return self._references[dtype]
 
     def tolerance(self, items: Sequence[ProcessedItem], dtype: torch.dtype) -> Tolerance:
