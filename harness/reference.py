@@ -237,5 +237,25 @@ def omni(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
     return generic(reference, modality, inputs)
 
 
-ENCODERS: dict[str, Encode] = {"generic": generic, "tiles": tiles, "pixtral": pixtral, "omni": omni}
+def qwen2_audio(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """As the forward of Qwen2AudioModel, which has no `get_audio_features`."""
+    del modality
+    model = reference.model.model
+    features, mask = inputs["input_features"].to(reference.dtype), inputs["feature_attention_mask"]
+    lengths, num_rows = model.audio_tower._get_feat_extract_output_lengths(mask.sum(-1))
+    most = (features.shape[-1] - 2) // 2 + 1
+    heard = torch.arange(most) < lengths[:, None]
+    attention = torch.zeros(len(features), 1, most, most, dtype=reference.dtype)
+    attention.masked_fill_(~heard[:, None, None], float("-inf"))
+    rows = model.multi_modal_projector(model.audio_tower(features, attention_mask=attention).last_hidden_state)
+    return encoded([item[:number] for item, number in zip(rows, num_rows.tolist(), strict=True)])
+
+
+ENCODERS: dict[str, Encode] = {
+    "generic": generic,
+    "tiles": tiles,
+    "pixtral": pixtral,
+    "omni": omni,
+    "qwen2_audio": qwen2_audio,
+}
 """By the name that a model's YAML file gives."""
