@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.matrix import ModelSpec
-from harness.media import Media, audio, image, photograph, video
+from harness.media import Media, audio, image, photograph, recording, video
 
 Part = str | Media
 
@@ -22,6 +22,7 @@ CASES: dict[str, tuple[Part, ...]] = {
     "video": (video(7), "What happens?"),
     "image-and-video": (image(8, 64, 96), "and", video(9, 6, 96, 64), "Do they match?"),
     "audio": (audio(11, 1.5), "What is said?"),
+    "recording": (recording("young-man", 2.99), "Who was not ill-disposed?"),
     "two-audios": (audio(12, 0.8), "and", audio(13, 2.37), "Is it the same voice?"),
     "image-and-audio": (image(14, 96, 64), "while", audio(15, 1.1), "Do they match?"),
     "audio-and-video": (audio(16, 1.3), "over", video(17, 4, 64, 96), "Do they match?"),

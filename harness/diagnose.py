@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -68,22 +69,20 @@ def of_encoder(
 def _hypotheses(
     reference: Reference, items: Sequence[ProcessedItem]
 ) -> Iterator[tuple[str, Callable[[ProcessedItem], ProcessedItem]]]:
-    modalities = dict.fromkeys(item.modality for item in items)
-    for modality in modalities:
-        if modality == "audio":
-            continue
-        own = image_processor(reference.processor, modality)
-        for other_name in ("image", "video"):
-            other = image_processor(reference.processor, other_name)
+    for modality in dict.fromkeys(item.modality for item in items if item.modality != "audio"):
+        own: Any = image_processor(reference.processor, modality)
+        for name in ("image", "video"):
+            other = image_processor(reference.processor, name)
             if (other.image_mean, other.image_std) != (own.image_mean, own.image_std):
                 yield (
-                    f"vLLM normalises the {modality} with the mean and std of the {other_name} processor",
-                    _changed(modality, _pixels, _normaliser(other.image_mean, other.image_std, own)),
+                    f"vLLM normalises the {modality} with the mean and std of the {name} processor",
+                    _changed(modality, _pixels, partial(_renormalised, own=own, other=other)),
                 )
         yield (
-            f"the pixels of the {modality} are not normalised",
-            _changed(modality, _pixels, lambda pixels: pixels.float()),
+            f"vLLM leaves the {modality}'s pixels raw, for the device to normalise, and the reference took them so",
+            _changed(modality, _pixels, partial(normalised, mean=own.image_mean, std=own.image_std)),
         )
+        yield (f"the pixels of the {modality} are not normalised", _changed(modality, _pixels, Tensor.float))
         yield (
             f"the pixels of the {modality} are scaled to 0..1 and not normalised",
             _changed(modality, _pixels, lambda pixels: pixels.float() / 255),
@@ -98,20 +97,11 @@ def _pixels(name: str) -> bool:
     return name.startswith("pixel_values")
 
 
-def _normaliser(mean: Sequence[float], std: Sequence[float], own: Any) -> Callable[[Tensor], Tensor]:
-    def change(pixels: Tensor) -> Tensor:
-        if pixels.dtype == torch.uint8:
-            return normalised(pixels, mean, std)
-        # Back to raw pixels by the processor's own numbers, then by the others.
-        raw = _denormalised(pixels, own.image_mean, own.image_std)
-        return normalised(raw, mean, std)
-
-    return change
-
-
-def _denormalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    inverse = [-m / s for m, s in zip(mean, std, strict=True)]
-    return normalised(pixels * 255, inverse, [1 / s for s in std]) * 255
+def _renormalised(pixels: Tensor, own: Any, other: Any) -> Tensor:
+    if pixels.dtype != torch.uint8:  # normalised by the processor's own numbers: back to raw pixels
+        inverse_mean = [-mean / std for mean, std in zip(own.image_mean, own.image_std, strict=True)]
+        pixels = normalised(pixels * 255, inverse_mean, [1 / std for std in own.image_std]) * 255
+    return normalised(pixels, other.image_mean, other.image_std)
 
 
 def _changed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import wave
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,8 @@ class Media:
         width, height: pixels of an image or a frame.
         num_frames: of a video.
         num_samples: of audio, at SAMPLING_RATE.
-        photograph: key of PHOTOGRAPHS, resized to width and height; None for a generated image.
+        source: name of a photograph, resized to width and height, or of a recording, cut to num_samples; None for what
+            is generated.
     """
 
     modality: Modality
@@ -42,7 +44,7 @@ class Media:
     height: int = 0
     num_frames: int = 1
     num_samples: int = 0
-    photograph: str | None = None
+    source: str | None = None
 
     @property
     def content(self) -> Any:
@@ -51,9 +53,10 @@ class Media:
         A PIL image; a video's frames (num_frames, height, width, 3), uint8; or samples (num_samples,), float32.
         """
         if self.modality == "audio":
-            return _samples(self.seed, self.num_samples)
-        if self.photograph is not None:
-            return _photograph(self.photograph).resize((self.width, self.height), Image.Resampling.BICUBIC)
+            samples = _samples(self.seed, self.num_samples) if self.source is None else _recording(self.source)
+            return samples[: self.num_samples]
+        if self.source is not None:
+            return _photograph(self.source).resize((self.width, self.height), Image.Resampling.BICUBIC)
         frames = np.stack([_frame(self.seed, index, self.width, self.height) for index in range(self.num_frames)])
         return frames if self.modality == "video" else Image.fromarray(frames[0])
 
@@ -83,7 +86,7 @@ def image(seed: int, width: int = 96, height: int = 64) -> Media:
 
 def photograph(name: str, width: int, height: int) -> Media:
     """A photograph of PHOTOGRAPHS."""
-    return Media("image", 0, width, height, photograph=name)
+    return Media("image", 0, width, height, source=name)
 
 
 def video(seed: int, num_frames: int = 4, width: int = 64, height: int = 64) -> Media:
@@ -94,6 +97,17 @@ def video(seed: int, num_frames: int = 4, width: int = 64, height: int = 64) -> 
 def audio(seed: int, seconds: float = 1.5) -> Media:
     """Audio: tones that glide, one after another."""
     return Media("audio", seed, num_samples=round(seconds * SAMPLING_RATE))
+
+
+def recording(name: str, seconds: float) -> Media:
+    """The beginning of a recording of harness/recordings; its README.md tells licences."""
+    return Media("audio", 0, num_samples=round(seconds * SAMPLING_RATE), source=name)
+
+
+def _recording(name: str) -> np.ndarray:
+    with wave.open(str(Path(__file__).parent / "recordings" / f"{name}.wav")) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (SAMPLING_RATE, 1, 2)
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / np.float32(32768)
 
 
 def _photograph(name: str) -> Image.Image:

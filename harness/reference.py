@@ -82,6 +82,8 @@ class Reference:
         for modality in dict.fromkeys(item.modality for item in items):
             sizes = [item.num_embeds for item in items if item.modality == modality]
             encoded = self.encode(modality, processed)
+            if len(encoded.rows) == sum(item.num_embeds for item in items):
+                return encoded  # of items of one modality, or of all: InternVL's processor joins images and frames
             if len(encoded.rows) != sum(sizes):
                 raise ValueError(
                     f"Hugging Face's processor and encoder make {len(encoded.rows)} rows of the {modality} items where "
@@ -138,19 +140,26 @@ def _concatenate(pieces: Sequence[Encoded], num_levels: int) -> Encoded:
 
 def generic(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
     """`get_image_features` and its kin, with those of the inputs that their signature names."""
-    owner = next(
-        (found for found in (reference.model, getattr(reference.model, "model", None)) if _features(found, modality)),
-        None,
-    )
-    if owner is None:
+    # A family without get_video_features encodes the frames as images.
+    kinds = [modality, "image"] if modality == "video" else [modality]
+    owners = (reference.model, getattr(reference.model, "model", None))
+    encode = next((found for kind in kinds for owner in owners if (found := _features(owner, kind))), None)
+    if encode is None:
         raise NotImplementedError(f"{type(reference.model).__name__} has no get_{modality}_features")
-    encode = _features(owner, modality)
-    names = [name for name in inspect.signature(encode).parameters if name in inputs]
-    return encoded(encode(**{name: prepared(reference, modality, inputs[name]) for name in names}))
+    names = {name: _input_name(modality, name, inputs) for name in inspect.signature(encode).parameters}
+    return encoded(
+        encode(**{name: prepared(reference, modality, inputs[key]) for name, key in names.items() if key in inputs})
+    )
 
 
 def _features(owner: Any, modality: str) -> Any:
     return getattr(owner, f"get_{modality}_features", None)
+
+
+def _input_name(modality: str, argument: str, inputs: Inputs) -> str:
+    """Whose value an argument of the encoder gets: a video's pixel_values are called pixel_values_videos."""
+    of_video = f"{argument}_videos"
+    return of_video if modality == "video" and of_video in inputs else argument
 
 
 def encoded(output: Any) -> Encoded:
@@ -202,6 +211,23 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return scaled.reshape(pixels.shape)
 
 
+def tiles(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """As generic, for tiles that come as those of one prompt: (1, num_tiles, ...). vLLM hands on (num_tiles, ...)."""
+    dimensions = {"pixel_values": 5, "pixel_attention_mask": 4}
+    batch = {
+        name: value[None] if name in dimensions and value.ndim < dimensions[name] else value
+        for name, value in inputs.items()
+    }
+    return generic(reference, modality, batch)
+
+
+def pixtral(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """With image_sizes, (height, width) of each image, which vLLM does not hand on: its images are not padded."""
+    pixels = prepared(reference, modality, inputs["pixel_values"])
+    sizes = inputs.get("image_sizes", torch.tensor([pixels.shape[-2:]] * len(pixels)))
+    return encoded(reference.model.get_image_features(pixel_values=pixels, image_sizes=sizes))
+
+
 def omni(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
     """`generic`, and audio also as vLLM packs it: one recording's features, (num_mel_bins, num_frames), unpadded."""
     packed = inputs.get("input_audio_features")
@@ -211,5 +237,25 @@ def omni(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
     return generic(reference, modality, inputs)
 
 
-ENCODERS: dict[str, Encode] = {"generic": generic, "omni": omni}
+def qwen2_audio(reference: Reference, modality: str, inputs: Inputs) -> Encoded:
+    """As the forward of Qwen2AudioModel, which has no `get_audio_features`."""
+    del modality
+    model = reference.model.model
+    features, mask = inputs["input_features"].to(reference.dtype), inputs["feature_attention_mask"]
+    lengths, num_rows = model.audio_tower._get_feat_extract_output_lengths(mask.sum(-1))
+    most = (features.shape[-1] - 2) // 2 + 1
+    heard = torch.arange(most) < lengths[:, None]
+    attention = torch.zeros(len(features), 1, most, most, dtype=reference.dtype)
+    attention.masked_fill_(~heard[:, None, None], float("-inf"))
+    rows = model.multi_modal_projector(model.audio_tower(features, attention_mask=attention).last_hidden_state)
+    return encoded([item[:number] for item, number in zip(rows, num_rows.tolist(), strict=True)])
+
+
+ENCODERS: dict[str, Encode] = {
+    "generic": generic,
+    "tiles": tiles,
+    "pixtral": pixtral,
+    "omni": omni,
+    "qwen2_audio": qwen2_audio,
+}
 """By the name that a model's YAML file gives."""

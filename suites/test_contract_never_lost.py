@@ -83,9 +83,39 @@ def test_repeats_in_a_prompt_and_in_a_step(subject: Subject, engine: Engine) -> 
         assert_same(completion, truth, truth)
 
 
+def capped(subject: Subject) -> Engine:
+    """With memory for the embeddings of two small images."""
+    footprint = rows(subject, subject.engine(), image(60)).nbytes + 128
+    return subject.engine(mm_embedding_memory_gb=2.5 * footprint / 2**30, mm_embedding_cache_gb=0.0)
+
+
+@pytest.mark.once
+def test_requests_wait_at_the_memory_cap(subject: Subject) -> None:
+    engine = capped(subject)
+    completions = engine.generate(*(subject.request(image(60 + index), "wait") for index in range(6)))
+    assert engine.call(capture_stats)["waits"] > 0, "no request had to wait: the condition did not happen"
+    assert_own_rows(subject, engine, completions, [image(60 + index) for index in range(6)])
+
+
+@pytest.mark.once
+@pytest.mark.clause("C12")
+def test_an_item_above_the_memory_cap_is_an_error_that_says_so(subject: Subject) -> None:
+    with pytest.raises(RuntimeError, match="mm_embedding_memory_gb"):
+        capped(subject).generate(subject.request(image(70, 224, 224), "too large"))
+
+
+CHUNK = 128
+"""Tokens a step; more than the largest image has."""
+
+
+def chunking(subject: Subject) -> Engine:
+    """With several steps for a long prompt, and an encoder cache for few images."""
+    return subject.engine(max_num_batched_tokens=CHUNK, enable_prefix_caching=False, mm_embedding_cache_gb=0.0)
+
+
 def test_chunked_prefill_with_several_images(subject: Subject, record_property: Callable[[str, object], None]) -> None:
     subject.needs_items(3)
-    engine = subject.engine(max_num_batched_tokens=CHUNK, enable_prefix_caching=False)
+    engine = chunking(subject)
     media = [subject.item(31, 2), subject.item(32, 3), subject.item(33, 1)]
     request = subject.request(media[0], LONG, media[1], LONG, media[2])
     [[completion]], trace = run(engine, request)
@@ -95,13 +125,9 @@ def test_chunked_prefill_with_several_images(subject: Subject, record_property: 
     assert_same(completion, *(rows(subject, engine, item) for item in media))
 
 
-CHUNK = 128
-"""Tokens a step; more than the largest image has."""
-
-
 @pytest.mark.once
 def test_eviction_from_the_encoder_cache_and_encoding_again(subject: Subject) -> None:
-    engine = subject.engine(max_num_batched_tokens=CHUNK, enable_prefix_caching=False, mm_embedding_cache_gb=0.0)
+    engine = chunking(subject)
     media = [image(seed, 224, 224) for seed in range(41, 46)]
     first = [rows(subject, engine, item) for item in media]
     [[again]], trace = run(engine, subject.request("again", media[0]))
@@ -123,21 +149,3 @@ def test_preemption(subject: Subject, record_property: Callable[[str, object], N
     record_property("preemptions", trace.preemptions)
     assert trace.preemptions > 0, "no request was preempted: the condition did not happen"
     assert_own_rows(subject, engine, completions, [image(50 + index) for index in range(4)])
-
-
-@pytest.mark.once
-def test_requests_wait_at_the_memory_cap(subject: Subject) -> None:
-    width = rows(subject, subject.engine(), image(60)).nbytes
-    cap = 2.5 * (width + 128) / 2**30
-    engine = subject.engine(mm_embedding_memory_gb=cap, mm_embedding_cache_gb=0.0)
-    completions = engine.generate(*(subject.request(image(60 + index), "wait") for index in range(6)))
-    assert engine.call(capture_stats)["waits"] > 0, "no request had to wait: the condition did not happen"
-    assert_own_rows(subject, engine, completions, [image(60 + index) for index in range(6)])
-
-
-@pytest.mark.once
-@pytest.mark.clause("C12")
-def test_an_item_above_the_memory_cap_is_an_error_that_says_so(subject: Subject) -> None:
-    engine = subject.engine(mm_embedding_memory_gb=1e-6, mm_embedding_cache_gb=0.0)
-    with pytest.raises(RuntimeError, match="mm_embedding_memory_gb"):
-        engine.generate(subject.request(image(70), "too large"))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import pytest
 
 from harness import cases
-from harness.goldens import GoldenError, GoldenInputs, Goldens, hash_tensors, hash_token_ids
+from harness.goldens import GoldenError, GoldenInputs, Goldens, hash_tensors, hash_token_ids, sample_rows
 from harness.pytest_plugin.subject import Subject
 from suites.test_reference import check
 
 pytestmark = pytest.mark.suite("golden")
+
+SAMPLED_ROWS = 64
+"""Rows that are kept of a checkpoint that is not embedded; of the others the norms."""
 
 
 def test_golden(
@@ -23,8 +25,8 @@ def test_golden(
     pytestconfig: pytest.Config,
     record_property: Callable[[str, object], None],
 ) -> None:
-    if not subject.embedded:
-        pytest.skip("goldens are of the embedded checkpoints, in float32")
+    if not subject.embedded and pytestconfig.getoption("--golden-store") is None:
+        pytest.skip("goldens of a checkpoint that is not embedded are kept outside the repository: give --golden-store")
     observed = subject.observe(case)
     completion = observed.completion
     verdict, tolerance = check(subject, observed)
@@ -32,14 +34,16 @@ def test_golden(
     processed = {
         f"{index}.{name}": tensor for index, item in enumerate(observed.items) for name, tensor in item.data.items()
     }
-    weights = hashlib.sha256((subject.path / "model.safetensors").read_bytes()).hexdigest()
     inputs = GoldenInputs(
         prompt=cases.text(subject.spec, parts),
         media=cases.digest(parts),
         token_ids=hash_token_ids(completion.prompt_token_ids),
-        weights=weights,
+        weights=subject.weights_digest,
         processor=hash_tensors(processed),
     )
+    rows = None
+    if not subject.embedded and completion.mm_embedding is not None:
+        rows = sample_rows(len(completion.mm_embedding), SAMPLED_ROWS)
     try:
         found = goldens.verify(
             case,
@@ -50,6 +54,7 @@ def test_golden(
             reference_ok=verdict,
             versions=versions,
             update=pytestconfig.getoption("--golden-update"),
+            rows=rows,
         )
     except GoldenError as error:
         pytest.fail(str(error), pytrace=False)

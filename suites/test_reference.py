@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,33 @@ def check(subject: Subject, observed: Observed) -> tuple[Comparison, Tolerance]:
     return compare(rows, expected, tolerance=tolerance, items=observed.completion.mm_embedding_items), tolerance
 
 
+def cause(subject: Subject, case: str) -> diagnose.Cause | None:
+    """Why the captured rows are not Hugging Face's, end to end; None if they are."""
+    observed, reference = subject.observe(case), subject.reference()
+    rows = observed.completion.mm_embedding
+    comparison, tolerance = check(subject, observed)
+    if not comparison.ok and rows is not None:
+        return diagnose.of_encoder(comparison, rows, reference, observed.items, tolerance)
+    processed = processed_by_hugging_face(subject, case)
+    try:
+        expected = reference.encode_processed(processed, observed.items).rows
+    except ValueError:
+        return diagnose.of_preprocessing(None, reference, observed.items, processed)
+    comparison = compare(rows, expected, tolerance=tolerance, items=observed.completion.mm_embedding_items)
+    return None if comparison.ok else diagnose.of_preprocessing(comparison, reference, observed.items, processed)
+
+
+def processed_by_hugging_face(subject: Subject, case: str) -> dict[str, Any]:
+    parts = cases.parts(subject.spec, case)
+    return subject.reference().process(cases.text(subject.spec, parts), cases.media(parts))
+
+
+def fail(text: str, cause: diagnose.Cause | None, record_property: Record) -> None:
+    if cause is not None:
+        record_property("cause", cause.kind)
+    pytest.fail(f"{text}\n{cause}", pytrace=False)
+
+
 @pytest.mark.suite("encoder")
 @pytest.mark.clause("C3", "C8")
 def test_encoder(subject: Subject, case: str, record_property: Record) -> None:
@@ -31,12 +59,9 @@ def test_encoder(subject: Subject, case: str, record_property: Record) -> None:
     comparison, tolerance = check(subject, observed)
     record_property("comparison", comparison.summary)
     record_property("independent", subject.spec.independent)
-    rows, items = observed.completion.mm_embedding, observed.completion.mm_embedding_items
-    if rows is not None and not comparison.ok:
-        cause = diagnose.of_encoder(comparison, rows, subject.reference(), observed.items, tolerance)
-        record_property("cause", cause.kind)
-        pytest.fail(f"{comparison.explain()}\n{cause}", pytrace=False)
-    assert comparison.ok, comparison.explain()
+    if not comparison.ok:
+        fail(comparison.explain(), cause(subject, case), record_property)
+    items = observed.completion.mm_embedding_items
     assert items is not None
     assert [(item.modality, item.num_rows) for item in items] == [
         (item.modality, item.num_embeds) for item in observed.items
@@ -54,42 +79,34 @@ def test_encoder(subject: Subject, case: str, record_property: Record) -> None:
 
 @pytest.mark.suite("preprocessing")
 def test_preprocessing(subject: Subject, case: str, record_property: Record) -> None:
-    observed = subject.observe(case)
-    parts, reference = cases.parts(subject.spec, case), subject.reference()
-    processed = reference.process(cases.text(subject.spec, parts), cases.media(parts))
+    observed, reference = subject.observe(case), subject.reference()
     try:
-        expected = reference.encode_processed(processed, observed.items).rows
+        expected = reference.encode_processed(processed_by_hugging_face(subject, case), observed.items).rows
     except ValueError as error:
-        cause = diagnose.of_preprocessing(None, reference, observed.items, processed)
-        record_property("cause", cause.kind)
-        pytest.fail(f"{error}\n{cause}", pytrace=False)
+        return fail(str(error), cause(subject, case), record_property)
     rows = observed.completion.mm_embedding
     tolerance = subject.tolerance(observed.items, torch.float32 if rows is None else rows.dtype)
     comparison = compare(rows, expected, tolerance=tolerance, items=observed.completion.mm_embedding_items)
     record_property("comparison", comparison.summary)
     if not comparison.ok:
-        cause = diagnose.of_preprocessing(comparison, reference, observed.items, processed)
-        record_property("cause", cause.kind)
-        pytest.fail(f"{comparison.explain()}\n{cause}", pytrace=False)
+        fail(comparison.explain(), cause(subject, case), record_property)
+    return None
 
 
 @pytest.mark.suite("tokens")
 def test_first_tokens(subject: Subject, case: str, record_property: Record) -> None:
     if not subject.embedded or subject.spec.dtype != "float32":
         pytest.skip("greedy tokens of a bfloat16 model may differ where two logits are close")
-    parts, reference = cases.parts(subject.spec, case), subject.reference()
-    processed = reference.process(cases.text(subject.spec, parts), cases.media(parts))
     try:
-        expected = reference.generate(processed, NUM_TOKENS)
+        expected = subject.reference().generate(processed_by_hugging_face(subject, case), NUM_TOKENS)
     except ValueError as error:
         pytest.fail(f"Hugging Face's model does not take the prompt: {error}", pytrace=False)
     found = subject.observe(case).completion.token_ids[: len(expected)]
     if found != expected:
         with safe_open(subject.path / "model.safetensors", "pt") as file:
-            checkpoint = list(file.keys())
-        cause = diagnose.of_tokens(checkpoint, *subject.engine().call(parameters))
-        record_property("cause", cause.kind)
-        pytest.fail(f"vLLM's tokens are not Hugging Face's: {found}, expected {expected}\n{cause}", pytrace=False)
+            names = list(file.keys())
+        why = cause(subject, case) or diagnose.of_tokens(names, *subject.engine().call(parameters))
+        fail(f"vLLM's tokens are not Hugging Face's: {found}, expected {expected}", why, record_property)
 
 
 def parameters(server: Server) -> tuple[list[str], dict[str, list[str]]]:

@@ -43,7 +43,7 @@ def folder_with_config(folder: Path, content: str) -> Path:
         ("{", "is not JSON"),
         ("[]", "names no architectures"),
         ('{"architectures": []}', "names no architectures"),
-        ('{"architectures": ["Gpt9"]}', "is a Gpt9: use a checkpoint of .*Qwen3VLForConditionalGeneration"),
+        ('{"architectures": ["Gpt9"]}', "is a Gpt9 and has no processor: Unrecognized processing class"),
         (None, "cannot be read"),
     ],
 )
@@ -71,6 +71,25 @@ def test_an_unknown_model(session: Callable[..., tuple[int, str]]) -> None:
     code, output = session("--model", "qwen9")
     assert code == pytest.ExitCode.USAGE_ERROR
     assert_one_sentence(output, "ERROR: --model: there is no model and no folder 'qwen9': .*qwen3_vl")
+
+
+def test_a_text_only_model(session: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    folder = checkpoints.build("qwen3_text", tmp_path / "text")
+    code, output = session("--model", str(folder))
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert_one_sentence(
+        output, r"ERROR: --model: \S*text is a Qwen3ForCausalLM, a text-only model: use a multimodal one"
+    )
+
+
+def test_a_hub_id_that_cannot_be_fetched(
+    session: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    code, output = session("--model", "nobody/nothing")
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert_one_sentence(output, "ERROR: --model: nobody/nothing is no folder and cannot be fetched from the hub: ")
 
 
 @pytest.mark.parametrize("path", ["missing/results.json", "."])
@@ -130,7 +149,7 @@ def test_a_folder_with_something_else_is_not_overwritten(tmp_path: Path, content
 
 @pytest.mark.parametrize(
     ("recipe", "dtype", "sentence"),
-    [("qwen9", "float32", "there is no recipe 'qwen9': use one of qwen3_vl"), ("qwen3_vl", "int8", "'int8' is no")],
+    [("qwen9", "float32", "there is no recipe 'qwen9': use one of .*qwen3_vl"), ("qwen3_vl", "int8", "'int8' is no")],
 )
 def test_an_unknown_recipe_or_dtype(tmp_path: Path, recipe: str, dtype: str, sentence: str) -> None:
     with pytest.raises(checkpoints.CheckpointError, match=sentence):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 _JITTER = 0.1
-_DRAWN = ".A_log"
-"""Decay of linear attention: the model classes draw it from torch's generator, which no seed of ours sets."""
+_TABLE = 0.5
+_TIED_TABLE = 0.1
 
 
 def uniform(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -30,21 +30,28 @@ def fill(model: nn.Module, seed: int = 0) -> None:
     """Sets every parameter, so that each one matters to the output.
 
     The usual 0.02 makes rows that hardly depend on the image. Matrices get the variance 1/fan_in, embedding tables
-    0.5**2, and vectors (biases, norms) a jitter of 0.1 about the value that the model class gave them, unless it draws
-    that at random.
+    0.5**2 behind the factor that some classes apply to them, and vectors (biases, norms) a jitter of 0.1 about the
+    value that the model class gave them, or about 0 where it drew their entries at random. A table that is the
+    language model's head too is smaller: with a large one every token follows itself, whatever the image.
     """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = {
+        id(module.weight): getattr(module, "scalar_embed_scale", 1.0)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.from_numpy(uniform(f"{seed}/{name}", tuple(parameter.shape)))
             if id(parameter) in tables:
-                parameter.copy_(values * (0.5 * 3**0.5))
+                size = _TIED_TABLE if id(parameter) in heads else _TABLE
+                parameter.copy_(values * (size * 3**0.5 / tables[id(parameter)]))
             elif parameter.ndim > 1:
                 parameter.copy_(values * (3 / fan_in(name, parameter)) ** 0.5)
-            elif name.endswith(_DRAWN):
-                parameter.copy_(values)
-            else:
+            elif bool((parameter == parameter.flatten()[0]).all()):
                 parameter.add_(values * _JITTER)
+            else:
+                parameter.copy_(values * _JITTER)
 
 
 def fan_in(name: str, parameter: Tensor) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ _TYPES: dict[str, type] = {
     "smallest_image": list,
     "largest_image": list,
     "independent": bool,
+    "leading_items": bool,
     "num_levels": int,
     "gpu_memory_gb": float,
 }
@@ -30,16 +30,12 @@ class SpecError(ValueError):
     """A model's YAML file cannot be used; one sentence that names file and key."""
 
 
-class UnknownModelError(LookupError):
-    """No model of that name or checkpoint; one sentence that lists the known ones."""
-
-
 @dataclass(frozen=True)
 class Difference:
     """What is known to differ between vLLM and Hugging Face for a model: its test fails, and says so."""
 
-    suite: str
-    """The column of the report in which it shows: "encoder", "preprocessing" or "tokens"."""
+    suites: tuple[str, ...]
+    """The columns of the report in which it shows: "encoder", "preprocessing", "tokens"."""
     cases: tuple[str, ...]
     """Cases in which it shows."""
     finding: str
@@ -59,13 +55,15 @@ class ModelSpec:
     architecture: str
     """Model class, as in config.json."""
     recipe: str
-    """Function of harness.checkpoints.recipes that builds the embedded checkpoint."""
+    """Module of harness.checkpoints.recipes that builds the embedded checkpoint."""
     placeholders: Mapping[str, str]
     """Text that stands for one item in a prompt, by modality."""
     cases: tuple[str, ...]
     """Names of the cases of harness.cases that apply."""
     revision: str = "main"
     """Of the published model on the hub."""
+    vision_type: str = ""
+    """model_type of its vision_config, where another family has the same architecture."""
     prompt: str = "{body}"
     """What the family wraps around a prompt's text and media."""
     engine_options: Mapping[str, Any] = field(default_factory=dict)
@@ -74,6 +72,8 @@ class ModelSpec:
     """Of the embedded checkpoint's engine: float32 unless vLLM's CPU kernels of this family know another one only."""
     reference: str = "generic"
     """Function of harness.reference.ENCODERS that runs the Hugging Face encoder."""
+    leading_items: bool = False
+    """True where a prompt's items must stand before its text."""
     num_levels: int = 0
     """Deepstack levels that its vision encoder packs behind the rows."""
     smallest_image: tuple[int, int] = (32, 32)
@@ -120,11 +120,12 @@ def load(path: Path) -> ModelSpec:
     tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     try:
         tuples["differences"] = tuple(
-            Difference(**{**entry, "cases": tuple(entry["cases"])}) for entry in values.get("differences", ())
+            Difference(**{**entry, "suites": tuple(entry["suites"]), "cases": tuple(entry["cases"])})
+            for entry in values.get("differences", ())
         )
     except (KeyError, TypeError) as error:
         raise SpecError(
-            f"{path.name}: an entry of 'differences' must have suite, cases, finding and reason ({error})"
+            f"{path.name}: an entry of 'differences' must have suites, cases, finding and reason ({error})"
         ) from error
     return ModelSpec(name=path.stem, **{**values, **tuples})
 
@@ -132,41 +133,3 @@ def load(path: Path) -> ModelSpec:
 def load_all() -> dict[str, ModelSpec]:
     """All models, by name."""
     return {path.stem: load(path) for path in sorted(FOLDER.glob("*.yaml"))}
-
-
-def find(name: str) -> ModelSpec:
-    """The model of that name.
-
-    Raises:
-        UnknownModelError: there is none.
-    """
-    models = load_all()
-    if name not in models:
-        raise UnknownModelError(
-            f"there is no model and no folder {name!r}: name the folder of a checkpoint or one of {', '.join(models)}"
-        )
-    return models[name]
-
-
-def of_checkpoint(folder: Path) -> ModelSpec:
-    """The model that a checkpoint's config.json says it is of.
-
-    Raises:
-        UnknownModelError: it says nothing, or a family that no file here is of.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnknownModelError(f"{path} cannot be read ({error.strerror}): name the folder of a checkpoint") from error
-    except ValueError as error:
-        raise UnknownModelError(f"{path} is not JSON ({error}): name the folder of a checkpoint") from error
-    architectures = config.get("architectures") if isinstance(config, dict) else None
-    if not isinstance(architectures, list) or not architectures:
-        raise UnknownModelError(f"{path} names no architectures: name the folder of a checkpoint")
-    models = load_all().values()
-    for spec in models:
-        if spec.architecture in architectures:
-            return spec
-    known = ", ".join(sorted({spec.architecture for spec in models}))
-    raise UnknownModelError(f"{folder} is a {architectures[0]}: use a checkpoint of {known}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from harness import checkpoints, environment, matrix
+from harness import checkpoints, environment, matrix, models
 from harness.engine import Arm
 from harness.goldens import Goldens
 from harness.pytest_plugin import differences
@@ -26,9 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--model",
         action="append",
         metavar="NAME",
-        help="embedded model or local checkpoint of one; may be given several times",
+        help="embedded model, folder of a checkpoint or hub id; several may be given; by default all embedded ones",
     )
     group.addoption("--arm", action="append", choices=list(Arm), help="only these arms, where a test compares arms")
+    group.addoption(
+        "--full-size",
+        action="store_true",
+        help="embedded models with the published encoder's dimensions, in bfloat16 (for a GPU)",
+    )
+    group.addoption("--golden-store", type=Path, metavar="FOLDER", help="of the goldens of your own checkpoints")
     group.addoption("--golden-update", choices=["new", "changed", "all"], help="record goldens")
     group.addoption("--results", type=Path, metavar="PATH", help="write all that was found to this JSON file")
 
@@ -44,28 +50,23 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--results: {results} cannot be written: name a file in a folder that exists")
     try:
         names = config.getoption("--model")
-        config.stash[_MODELS] = [_find(name) for name in names or matrix.load_all()]
-    except (matrix.UnknownModelError, matrix.SpecError) as error:
+        config.stash[_MODELS] = [models.find(name) for name in names or matrix.load_all()]
+    except (models.UnknownModelError, matrix.SpecError) as error:
         raise pytest.UsageError(f"--model: {error}") from error
-    config.pluginmanager.register(Recorder(config), "mm-embedding-recorder")
+    config.pluginmanager.register(
+        Recorder(results, [spec for spec, _ in config.stash[_MODELS]]), "mm-embedding-recorder"
+    )
     config.pluginmanager.register(differences, "mm-embedding-differences")
 
 
 _MODELS = pytest.StashKey[list[tuple[matrix.ModelSpec, Path | None]]]()
 
 
-def _find(name: str) -> tuple[matrix.ModelSpec, Path | None]:
-    folder = Path(name)
-    if not folder.is_dir():
-        return matrix.find(name), None
-    return matrix.of_checkpoint(folder), folder
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test of a subject once per model and, if it takes a case, once per case."""
-    models = metafunc.config.stash[_MODELS]
+    found = metafunc.config.stash[_MODELS]
     if "case" in metafunc.fixturenames:
-        pairs = [(model, case) for model in models for case in model[0].cases]
+        pairs = [(model, case) for model in found for case in model[0].cases]
         metafunc.parametrize(
             ("subject", "case"),
             pairs,
@@ -74,7 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             scope="session",
         )
     elif "subject" in metafunc.fixturenames:
-        metafunc.parametrize("subject", models, indirect=True, ids=[spec.name for spec, _ in models], scope="session")
+        metafunc.parametrize("subject", found, indirect=True, ids=[spec.name for spec, _ in found], scope="session")
     if "arm" in metafunc.fixturenames:
         metafunc.parametrize("arm", [Arm(arm) for arm in metafunc.config.getoption("--arm") or Arm])
 
@@ -84,17 +85,24 @@ def _is_thorough(config: pytest.Config, model: tuple[matrix.ModelSpec, Path | No
     return folder is not None or (spec.name == LEADING_MODEL and not config.getoption("--model"))
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Takes out the tests marked `once` for the other models."""
-    kept: list[pytest.Item] = []
+    """Takes out the tests marked `once` for the other models, and puts each model's tests together.
+
+    Pytest's own order goes through all models once a module, and starts their engines as often.
+    """
+    models = config.stash[_MODELS]
+    kept: list[tuple[int, pytest.Item]] = []
     others: list[pytest.Item] = []
     for item in items:
         model = getattr(getattr(item, "callspec", None), "params", {}).get("subject")
-        redundant = item.get_closest_marker("once") and model is not None and not _is_thorough(config, model)
-        (others if redundant else kept).append(item)
+        if item.get_closest_marker("once") and model is not None and not _is_thorough(config, model):
+            others.append(item)
+        else:
+            kept.append((len(models) if model is None else models.index(model), item))
+    items[:] = [item for _, item in sorted(kept, key=lambda pair: pair[0])]
     if others:
         config.hook.pytest_deselected(items=others)
-        items[:] = kept
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +127,10 @@ def subject(request: pytest.FixtureRequest, engine_pool: EnginePool) -> Subject:
     spec, folder = request.param
     if reason := spec.skip or _too_old(spec):
         pytest.skip(reason)
+    full_size = request.config.getoption("--full-size")
     try:
+        if folder is None and full_size:
+            folder = checkpoints.build(spec.recipe, size="full", dtype="bfloat16")
         path = folder or checkpoints.build(spec.recipe)
         thorough = _is_thorough(request.config, request.param)
         return Subject(spec, path, engine_pool, embedded=folder is None, thorough=thorough)
@@ -137,8 +148,11 @@ def _too_old(spec: matrix.ModelSpec) -> str | None:
 
 @pytest.fixture(scope="session")
 def goldens(pytestconfig: pytest.Config, subject: Subject) -> Goldens:
-    """The recorded embeddings of the model."""
-    return Goldens(pytestconfig.rootpath / "golden", subject.spec.name)
+    """The recorded embeddings of the model: an embedded one's are here, another's in the store, with its manifest."""
+    store: Path | None = pytestconfig.getoption("--golden-store")
+    if subject.embedded or store is None:
+        return Goldens(pytestconfig.rootpath / "golden", subject.spec.name)
+    return Goldens(store, subject.path.resolve().name, store=store)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ def known(item: pytest.Item) -> Difference | None:
     if mark is None or "case" not in parameters:
         return None
     differences: tuple[Difference, ...] = parameters["subject"][0].differences
-    return next((d for d in differences if d.suite == mark.args[0] and parameters["case"] in d.cases), None)
+    return next((d for d in differences if mark.args[0] in d.suites and parameters["case"] in d.cases), None)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,34 @@ import pytest
 
 from harness import environment
 from harness.engine import EngineError
+from harness.matrix import ModelSpec
 from harness.report import terminal
 from harness.results import Outcome, Results, ResultsError, TestRecord
+
+
+def facts(spec: ModelSpec) -> dict[str, Any]:
+    """What a report says of a model."""
+    return {
+        "hub_id": spec.hub_id,
+        "revision": spec.revision,
+        "modalities": list(spec.placeholders),
+        "dtype": spec.dtype,
+        "independent": spec.independent,
+    }
 
 
 class Recorder:
     """A pytest plugin of one session. Only tests with the mark `suite` are recorded."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        self._path: Path | None = config.getoption("--results")
+    def __init__(self, path: Path | None, models: Sequence[ModelSpec]) -> None:
+        """Start without records.
+
+        Args:
+            path: of the results file; None for none.
+            models: of this session.
+        """
+        self._path = path
+        self._models = {spec.name: facts(spec) for spec in models}
         self._results: Results | None = None
 
     @pytest.hookimpl(wrapper=True)
@@ -28,7 +47,7 @@ class Recorder:
         mark = item.get_closest_marker("suite")
         if mark is not None and (report.when == "call" or report.outcome != "passed"):
             if self._results is None:
-                self._results = Results(environment.describe())
+                self._results = Results(environment.describe(), self._models)
             broken = report.when != "call" or (call.excinfo is not None and call.excinfo.errisinstance(EngineError))
             outcome: Outcome = "error" if report.outcome == "failed" and broken else report.outcome
             if hasattr(report, "wasxfail"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +141,15 @@ class Subject:
         limit = self.spec.engine_options.get("limit_mm_per_prompt", {}).get(modality, number)
         if limit < number:
             pytest.skip(f"{self.spec.name} takes {limit} {modality} a prompt")
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """sha256 over the checkpoint's tensor files, in the order of their names."""
+        digest = hashlib.sha256()
+        for path in sorted(self.path.glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def observe(self, case: str) -> Observed:
         """The case as the engine ran it, once a session."""

@@ -32,19 +32,33 @@ def contract_table(results: Results) -> str:
 
 
 def matrix_table(results: Results) -> str:
-    """Markdown: model x suite with counts, cosine and relative L2 of the worst row; then why what was skipped."""
+    """Markdown: model x suite with counts, cosine and relative L2 of the worst row; then known differences and skips.
+
+    The columns "video" and "audio" count the tests with such media again.
+    """
     records = [record for record in results.records if record.model is not None]
     names = list(suites(records))
-    rows = [["model", *names]]
+    media = [name for name in ("video", "audio") if any(name in (record.case or "") for record in records)]
+    rows = [["model", *names, *media]]
     for model, tally in models_worst_first(records).items():
         cells = suites(tally.records)
-        rows.append([f"`{model}`", *(_cell(cells[name]) if name in cells else "" for name in names)])
+        label = f"`{model}`"
+        if not results.models.get(model, {}).get("independent", True):
+            label += "<br>not independent"
+        with_media = [Tally(tuple(r for r in tally.records if name in (r.case or ""))) for name in media]
+        rows.append([label, *(_cell(cells[name]) if name in cells else "" for name in names), *map(str, with_media)])
     lines = markdown(rows)
-    skipped = [record for record in records if record.outcome == "skipped"]
-    if skipped:
-        lines += ["", "Skipped:", ""]
-    for reason, group in reasons(skipped).items():
-        lines.append(f"- {', '.join(sorted({_label(record) for record in group}))}: {reason}")
+    if any("not independent" in row[0] for row in rows):
+        lines += [
+            "",
+            "Not independent: vLLM runs Hugging Face's own encoder module, so that agreement is weak evidence.",
+        ]
+    for outcome, title in (("known", "Known to differ from Hugging Face"), ("skipped", "Skipped")):
+        found = [record for record in records if record.outcome == outcome]
+        if found:
+            lines += ["", f"{title}:", ""]
+        for reason, group in reasons(found).items():
+            lines.append(f"- {', '.join(sorted({_label(record) for record in group}))}: {reason}")
     return "\n".join(lines)
 
 

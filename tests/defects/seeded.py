@@ -7,6 +7,7 @@ plugin of vLLM in the processes that vLLM itself starts. The environment variabl
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import harness.capture
+from harness import reference
+from harness.reference import Reference
 
 VARIABLE = "VLLM_MM_EMBEDDING_DEFECTS"
 """Names of the functions below, separated by commas."""
@@ -285,6 +290,118 @@ def http_field_missing() -> None:
     from harness.capture import http
 
     http._with_fields = lambda event, fields: event
+
+
+def batches_rounded() -> None:
+    """What is copied together with other items is rounded on the way."""
+    from harness.capture.worker import WorkerCapture
+
+    def rounding(original: Any) -> Any:
+        def copy(self: Any, plan: Any, encoder_cache: dict[str, Any]) -> None:
+            if len(plan.copies) > 1:
+                encoder_cache = {name: rows.bfloat16().to(rows.dtype) for name, rows in encoder_cache.items()}
+            original(self, plan, encoder_cache)
+
+        return copy
+
+    _replace(WorkerCapture, "copy", rounding)
+
+
+# Of the Hugging Face side of the comparison, each in one case of the test that must see it.
+
+
+def _in_case(case: str) -> bool:
+    return f"-{case}]" in os.environ.get("PYTEST_CURRENT_TEST", "")
+
+
+def _reference_processes(patch: pytest.MonkeyPatch, case: str, change: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Changes the reference or the media, by modality, before the processor runs."""
+    original = Reference.process
+
+    def process(self: Reference, text: str, media: Any) -> dict[str, Any]:
+        with pytest.MonkeyPatch.context() as once:
+            if _in_case(case):
+                media = dict(media)
+                change((self.processor, once), media)
+            return original(self, text, media)
+
+    patch.setattr(Reference, "process", process)
+
+
+def reference_images_reversed(patch: pytest.MonkeyPatch) -> None:
+    """The reference gets the images in another order."""
+    _reference_processes(patch, "two-images", lambda _processor, media: media.update(image=media["image"][::-1]))
+
+
+def reference_resized(patch: pytest.MonkeyPatch) -> None:
+    """The reference gets the image in another size."""
+
+    def change(_processor: Any, media: dict[str, Any]) -> None:
+        media["image"] = [dataclasses.replace(item, width=item.width // 2) for item in media["image"]]
+
+    _reference_processes(patch, "image-between-texts", change)
+
+
+def reference_mean_changed(patch: pytest.MonkeyPatch) -> None:
+    """The reference normalises with another mean."""
+
+    def change(processor: Any, _media: dict[str, Any]) -> None:
+        found, once = processor
+        once.setattr(found.image_processor, "image_mean", [0.4, 0.5, 0.6])
+
+    _reference_processes(patch, "photograph", change)
+
+
+def reference_audio_truncated(patch: pytest.MonkeyPatch) -> None:
+    """The reference gets the first half of the audio."""
+
+    def change(_processor: Any, media: dict[str, Any]) -> None:
+        media["audio"] = [dataclasses.replace(item, num_samples=item.num_samples // 2) for item in media["audio"]]
+
+    _reference_processes(patch, "audio", change)
+
+
+def _reference_encodes(patch: pytest.MonkeyPatch, case: str, change: Callable[[Any, Any, Any], Any]) -> None:
+    original = Reference.encode
+
+    def encode(self: Reference, modality: str, inputs: Any) -> Any:
+        if not _in_case(case):
+            return original(self, modality, inputs)
+        return change(functools.partial(original, self), modality, inputs)
+
+    patch.setattr(Reference, "encode", encode)
+
+
+def reference_grid_transposed(patch: pytest.MonkeyPatch) -> None:
+    """The reference exchanges height and width of the grid."""
+
+    def change(encode: Any, modality: str, inputs: Any) -> Any:
+        return encode(modality, {**inputs, "image_grid_thw": inputs["image_grid_thw"][:, [0, 2, 1]]})
+
+    _reference_encodes(patch, "three-sizes", change)
+
+
+def reference_encoder_changed(patch: pytest.MonkeyPatch) -> None:
+    """The reference's encoder is another."""
+
+    def change(encode: Any, modality: str, inputs: Any) -> Any:
+        found = encode(modality, inputs)
+        return found._replace(rows=found.rows * 1.01)
+
+    _reference_encodes(patch, "same-image-twice", change)
+
+
+def reference_not_normalised(patch: pytest.MonkeyPatch) -> None:
+    """The reference takes the raw pixels that vLLM's processor leaves for the device to normalise."""
+    import torch
+
+    original = reference.prepared
+
+    def prepared(of: Any, modality: str, value: Any) -> Any:
+        raw = _in_case("image") and value.dtype == torch.uint8
+        return original(of, modality, value.float() if raw else value)
+
+    patch.setattr(reference, "prepared", prepared)
 
 
 # Of a copy of a model's goldens, in that folder.
