@@ -193,6 +193,25 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 
+def of_attention(tokens: Sequence[int], reference: Reference, processed: Mapping[str, Any]) -> Cause | None:
+    """Whether the greedy tokens are those of a model that attends causally where it should attend in both directions.
+
+    Args:
+        tokens: vLLM's.
+        reference: whose tokens are others.
+        processed: what its processor made of the prompt; `token_type_ids` says where it attends in both directions.
+    """
+    types = processed.get("token_type_ids")
+    if types is None:
+        return None
+    # Gemma marks what attends in both directions by 1, PaliGemma by 0, which is the whole prompt.
+    causal = torch.zeros_like(types) if bool(types.any()) else torch.ones_like(types)
+    found = reference.generate({**processed, "token_type_ids": causal}, len(tokens))
+    if found != list(tokens[: len(found)]):
+        return None
+    return Cause("language model", "vLLM attends causally where Hugging Face attends in both directions")
+
+
 def of_tokens(checkpoint: Iterable[str], parameters: Iterable[str], packed: Mapping[str, Sequence[str]]) -> Cause:
     """Why the greedy tokens differ although the embeddings agree.
 

@@ -97,15 +97,20 @@ def test_preprocessing(subject: Subject, case: str, record_property: Record) -> 
 def test_first_tokens(subject: Subject, case: str, record_property: Record) -> None:
     if not subject.embedded or subject.spec.dtype != "float32":
         pytest.skip("greedy tokens of a bfloat16 model may differ where two logits are close")
+    processed = processed_by_hugging_face(subject, case)
     try:
-        expected = subject.reference().generate(processed_by_hugging_face(subject, case), NUM_TOKENS)
+        expected = subject.reference().generate(processed, NUM_TOKENS)
     except ValueError as error:
         pytest.fail(f"Hugging Face's model does not take the prompt: {error}", pytrace=False)
     found = subject.observe(case).completion.token_ids[: len(expected)]
     if found != expected:
         with safe_open(subject.path / "model.safetensors", "pt") as file:
             names = list(file.keys())
-        why = cause(subject, case) or diagnose.of_tokens(names, *subject.engine().call(parameters))
+        why = (
+            cause(subject, case)
+            or diagnose.of_attention(found, subject.reference(), processed)
+            or diagnose.of_tokens(names, *subject.engine().call(parameters))
+        )
         fail(f"vLLM's tokens are not Hugging Face's: {found}, expected {expected}", why, record_property)
 
 

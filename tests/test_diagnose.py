@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.compare import Comparison
-from harness.diagnose import Cause, of_preprocessing, of_tokens
+from harness.diagnose import Cause, of_attention, of_preprocessing, of_tokens
 from harness.observe import ProcessedItem
 from harness.reference import Reference
 
@@ -93,3 +93,31 @@ def test_dropped_tensors_are_named_and_counted() -> None:
 def test_packed_tensors_are_not_dropped() -> None:
     parameters = ["layers.0.self_attn.qkv_proj.weight", "layers.0.self_attn.qkv_proj.bias"]
     assert "vLLM has all the checkpoint's parameters" in of_tokens(CHECKPOINT, parameters, PACKED).sentence
+
+
+class Attends:
+    """A reference whose tokens are what it attends to in both directions."""
+
+    def generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> list[int]:
+        return [int(value) for value in inputs["token_type_ids"][0]][:max_new_tokens]
+
+
+def attention(tokens: list[int], types: list[int]) -> Cause | None:
+    return of_attention(tokens, cast(Reference, Attends()), {"token_type_ids": torch.tensor([types])})
+
+
+def test_causal_attention_is_named() -> None:
+    found = attention([0, 0, 0], [0, 1, 1])
+    assert found is not None
+    assert found.kind == "language model"
+    assert "attends causally" in found.sentence
+    assert attention([0, 1, 0], [0, 1, 1]) is None
+
+
+def test_a_prefix_of_zeros_is_what_attends_in_both_directions() -> None:
+    assert attention([1, 1, 1], [0, 0, 0]) is not None
+    assert attention([0, 0, 0], [0, 0, 0]) is None
+
+
+def test_a_causal_model_has_no_such_cause() -> None:
+    assert of_attention([1], cast(Reference, Attends()), {}) is None
