@@ -104,7 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others: list[pytest.Item] = []
     for item in items:
         model = getattr(getattr(item, "callspec", None), "params", {}).get("subject")
-        if model is not None and not _applies(item, model, config):
+        if not any(_applies(item, each, config) for each in ([model] if model is not None else models)):
             others.append(item)
         else:
             kept.append((len(models) if model is None else models.index(model), item))
