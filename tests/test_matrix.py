@@ -28,6 +28,7 @@ def test_a_file_names_what_there_is(name: str) -> None:
         assert set(difference.cases) <= set(spec.cases)
         assert set(difference.suites) <= {"encoder", "preprocessing", "tokens"}
         assert difference.reason.endswith(".")
+        assert difference.device in {"", "cpu", "cuda"}
     if not spec.skip:
         assert spec.gpu_memory_gb > 0
 

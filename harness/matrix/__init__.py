@@ -43,6 +43,8 @@ class Difference:
     """Regular expression that the failure's text must match, so that another failure is not taken for it."""
     reason: str
     """One sentence: why, and in whose code."""
+    device: str = ""
+    """The only one on which it shows, as what an attention backend does: "cpu" or "cuda"; "" for any."""
 
 
 @dataclass(frozen=True)

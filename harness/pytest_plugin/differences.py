@@ -6,6 +6,7 @@ import re
 from collections.abc import Generator
 
 import pytest
+import torch
 
 from harness.matrix import Difference
 
@@ -16,7 +17,9 @@ def known(item: pytest.Item) -> Difference | None:
     if mark is None or "case" not in parameters:
         return None
     differences: tuple[Difference, ...] = parameters["subject"][0].differences
-    return next((d for d in differences if mark.args[0] in d.suites and parameters["case"] in d.cases), None)
+    here = ("", "cuda" if torch.cuda.is_available() else "cpu")
+    here_known = (d for d in differences if d.device in here)
+    return next((d for d in here_known if mark.args[0] in d.suites and parameters["case"] in d.cases), None)
 
 
 @pytest.hookimpl(wrapper=True)

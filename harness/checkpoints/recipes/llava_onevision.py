@@ -11,11 +11,11 @@ from harness.checkpoints.recipes.base import TEXT, Recipe
 def build(full: bool) -> Recipe:
     """See the module."""
     tokenizer = tokenizers.build(image_token="<image>", video_token="<video>")
-    tile, patch_size = (384, 14) if full else (64, 16)
-    # Up to six tiles a side as published would be too many tokens. The five by five tiles are more than anyres_max_9
-    # lets through, so that a large image is scaled down behind the encoder, too.
-    sides = range(1, 7) if full else range(1, 4)
-    grid = [[tile * rows, tile * columns] for rows in sides for columns in sides] + ([] if full else [[5 * tile] * 2])
+    # Published are tiles of 384 pixels, which make 729 rows each, and up to six of them a side: less is enough. The
+    # tower's table of positions is all that depends on them.
+    tile, patch_size = (56, 14) if full else (64, 16)
+    grid = [[tile * rows, tile * columns] for rows in range(1, 4) for columns in range(1, 4)]
+    grid.append([5 * tile, 5 * tile])  # more than anyres_max_9 lets through: scaled down behind the encoder
     text = {
         "hidden_size": 896,
         "intermediate_size": 4864,
