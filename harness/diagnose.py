@@ -26,6 +26,10 @@ LINEAR_RESIDUAL = 1e-3
 another resampling leaves."""
 
 
+_SIZES = ("grid_thw", "mask", "lengths", "sizes")
+"""Endings of the names of inputs that tell how large an item is."""
+
+
 @dataclass(frozen=True)
 class Cause:
     """What differs, and in whose part.
@@ -130,7 +134,8 @@ def of_preprocessing(
         return Cause("order", comparison.headline)
     for modality in dict.fromkeys(item.modality for item in items):
         of_modality = [item for item in items if item.modality == modality]
-        for name in of_modality[0].data:
+        # What tells sizes comes first: where they differ, the pixels or samples do too.
+        for name in sorted(of_modality[0].data, key=lambda name: not name.endswith(_SIZES)):
             theirs = processed.get(name)
             if isinstance(theirs, Tensor):
                 sentence = _difference(reference, modality, name, [item.data[name] for item in of_modality], theirs)
@@ -156,6 +161,9 @@ def _difference(reference: Reference, modality: str, name: str, ours: Sequence[T
         exchanged = bool((joined[..., [0, 2, 1]] == theirs).all())
         how = "height and width are exchanged" if exchanged else "another size"
         return f"{name} is {joined.int().tolist()} in vLLM and {theirs.int().tolist()} in Hugging Face: {how}"
+    if name.endswith("mask"):
+        counts = f"{int(joined.count_nonzero())} in vLLM and {int(theirs.count_nonzero())} in Hugging Face"
+        return f"{name} marks other places ({counts}): another length or size"
     if _is_affine(joined, theirs):
         return f"{name} has other values in vLLM, each a multiple and an offset of Hugging Face's: another mean or std"
     share = float((difference > 1e-5 * spread).double().mean())

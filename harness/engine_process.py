@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import pickle
+import signal
 import sys
 import traceback
 import uuid
@@ -166,4 +167,7 @@ def run(connection: Connection[Any, Any], log: Path, environment: Mapping[str, s
         os.dup2(output.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
-    asyncio.run(_serve(connection))
+    try:
+        asyncio.run(_serve(connection))
+    except (EOFError, BrokenPipeError):  # the parent was killed: vLLM's processes would wait for this one for ever
+        os.killpg(0, signal.SIGKILL)

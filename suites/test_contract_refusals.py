@@ -15,11 +15,13 @@ from harness.pytest_plugin.subject import Subject
 pytestmark = [pytest.mark.suite("contract"), pytest.mark.once, pytest.mark.clause("C12")]
 
 PROGRAM = """
-import json, sys
+import json, os, sys
 from vllm import EngineArgs
 from vllm.config import ECTransferConfig, KVTransferConfig, MultiModalConfig
 answers = {}
 for name, options in json.loads(sys.argv[1]).items():
+    environment = options.pop("environment", {})
+    os.environ.update(environment)
     if "ec_transfer_config" in options:
         options["ec_transfer_config"] = ECTransferConfig(**options["ec_transfer_config"])
     try:
@@ -27,6 +29,8 @@ for name, options in json.loads(sys.argv[1]).items():
         answers[name] = f"accepted, enable_mm_embeds={config.model_config.multimodal_config.enable_mm_embeds}"
     except Exception as error:
         answers[name] = str(error)
+    for variable in environment:
+        del os.environ[variable]
 answers["MultiModalConfig"] = MultiModalConfig(enable_return_mm_embedding=True).enable_return_mm_embedding
 print("ANSWERS" + json.dumps(answers))
 """
@@ -53,6 +57,7 @@ def answers(subject: Subject) -> dict[str, str]:
         "encoder-decoder": {"model": str(checkpoints.build("whisper"))},
         "pooling": {**model, "runner": "pooling"},
         "another connector": {**model, "ec_transfer_config": connector},
+        "rust frontend": {**model, "environment": {"VLLM_USE_RUST_FRONTEND": "1"}},
         "cache": {**model, "mm_embedding_cache_gb": -1.0},
         "memory": {**model, "mm_embedding_memory_gb": 0.0},
     }
@@ -70,6 +75,7 @@ def answers(subject: Subject) -> dict[str, str]:
         ("encoder-decoder", ("enable_return_mm_embedding", "encoder-decoder model")),
         ("pooling", ("enable_return_mm_embedding", "runner='generate'")),
         ("another connector", ("ec_transfer_config", "ECExampleConnector")),
+        ("rust frontend", ("enable_return_mm_embedding", "VLLM_USE_RUST_FRONTEND")),
         ("cache", ("mm_embedding_cache_gb", "-1.0")),
         ("memory", ("mm_embedding_memory_gb", "0.0")),
     ],

@@ -59,6 +59,16 @@ def test_a_length_of_audio() -> None:
     assert found.sentence == "input_features has shape 1x8x40 in vLLM and 1x8x20 in Hugging Face: another length"
 
 
+def test_a_mask_tells_a_length_before_the_samples_do() -> None:
+    short, long = torch.tensor([[1, 1, 0, 0]]), torch.tensor([[1, 1, 1, 0]])
+    found = cause(
+        {"input_features": torch.zeros(1, 4), "feature_attention_mask": long},
+        {"input_features": torch.ones(1, 4), "feature_attention_mask": short},
+        "audio",
+    )
+    assert found.sentence.startswith("feature_attention_mask marks other places (3 in vLLM and 2 in Hugging Face)")
+
+
 def test_each_channel_may_have_its_own_mean_and_std() -> None:
     scaled = PIXELS * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1) + torch.tensor([0.0, 0.5, -0.5]).view(3, 1, 1)
     assert "another mean or std" in cause({"pixel_values": PIXELS}, {"pixel_values": scaled}).sentence

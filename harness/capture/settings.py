@@ -89,6 +89,8 @@ class CaptureSettings:
 
 def cannot_capture(vllm_config: VllmConfig) -> str | None:
     """Why an engine of this configuration cannot capture, or None."""
+    from vllm import envs
+
     model_config, parallel_config = vllm_config.model_config, vllm_config.parallel_config
     ec_config, kv_config = vllm_config.ec_transfer_config, vllm_config.kv_transfer_config
     if model_config is None or model_config.multimodal_config is None:
@@ -115,6 +117,8 @@ def cannot_capture(vllm_config: VllmConfig) -> str | None:
             "embeddings go through shared memory and the engine spans several hosts (nnodes, "
             "data_parallel_size_local); run one engine a host"
         )
+    if envs.VLLM_USE_RUST_FRONTEND:
+        return "VLLM_USE_RUST_FRONTEND is set, and that frontend passes no embeddings on; unset it"
     if parallel_config.distributed_executor_backend == "ray":
         return "distributed_executor_backend is 'ray'; use 'mp'"
     return None

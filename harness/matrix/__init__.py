@@ -16,6 +16,7 @@ _TYPES: dict[str, type] = {
     "engine_options": dict,
     "cases": list,
     "differences": list,
+    "suites": list,
     "smallest_image": list,
     "largest_image": list,
     "independent": bool,
@@ -84,6 +85,8 @@ class ModelSpec:
     """Width and height of the largest image that it takes before it scales down, or a large one."""
     independent: bool = True
     """False where vLLM runs Hugging Face's own encoder module, so that agreement is weak evidence."""
+    suites: tuple[str, ...] = ()
+    """Columns of the report that it is for, where it is a case and not a family; empty for all."""
     differences: tuple[Difference, ...] = ()
     """What is known to differ from Hugging Face, each with its reason."""
     gpu_memory_gb: float = 0.0

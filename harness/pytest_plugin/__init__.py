@@ -85,9 +85,17 @@ def _is_thorough(config: pytest.Config, model: tuple[matrix.ModelSpec, Path | No
     return folder is not None or (spec.name == LEADING_MODEL and not config.getoption("--model"))
 
 
+def _applies(item: pytest.Item, model: tuple[matrix.ModelSpec, Path | None], config: pytest.Config) -> bool:
+    """Whether the test is run for the model."""
+    suite = item.get_closest_marker("suite")
+    if suite is not None and model[0].suites and suite.args[0] not in model[0].suites:
+        return False
+    return item.get_closest_marker("once") is None or _is_thorough(config, model)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Takes out the tests marked `once` for the other models, and puts each model's tests together.
+    """Takes out what a model is not for and, for most, the tests marked `once`; puts each model's tests together.
 
     Pytest's own order goes through all models once a module, and starts their engines as often.
     """
@@ -96,7 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others: list[pytest.Item] = []
     for item in items:
         model = getattr(getattr(item, "callspec", None), "params", {}).get("subject")
-        if item.get_closest_marker("once") and model is not None and not _is_thorough(config, model):
+        if not any(_applies(item, each, config) for each in ([model] if model is not None else models)):
             others.append(item)
         else:
             kept.append((len(models) if model is None else models.index(model), item))
