@@ -54,7 +54,7 @@ def test_a_reference_that_shares_code_is_said_to_be_weak() -> None:
 def test_reasons_are_listed(outcome: Outcome, title: str) -> None:
     table = readme.matrix_table(results(record("a", outcome, message="one mean and std.\nmore")))
     assert title in table
-    assert "- `llava` encoder image: one mean and std." in table
+    assert "- `llava` encoder (image): one mean and std." in table
 
 
 def test_a_clause_that_no_test_shows_is_not_shown() -> None:

@@ -17,6 +17,9 @@ from harness.files import write_atomically
 from harness.report.tally import Tally, first_line, markdown, models_worst_first, reasons, suites, worst_row
 from harness.results import Results, ResultsError, TestRecord
 
+MOST_CASES = 5
+"""More cases than these of one model and suite are counted and not named."""
+
 
 class ReadmeError(Exception):
     """The file cannot be filled in; the message is one sentence for the user."""
@@ -58,7 +61,7 @@ def matrix_table(results: Results) -> str:
         if found:
             lines += ["", f"{title}:", ""]
         for reason, group in reasons(found).items():
-            lines.append(f"- {', '.join(sorted({_label(record) for record in group}))}: {reason}")
+            lines.append(f"- {_tests_of_models(group)}: {reason}")
     return "\n".join(lines)
 
 
@@ -157,8 +160,15 @@ def _cell(tally: Tally) -> str:
     return f"{text}<br>cos {cosine}, L2 {relative}"
 
 
-def _label(record: TestRecord) -> str:
-    return f"`{record.model}` {record.suite}{f' {record.case}' if record.case else ''}"
+def _tests_of_models(records: Sequence[TestRecord]) -> str:
+    """Model, suite and cases, such as "`llava` tokens (image, video)"."""
+    cases: dict[str, list[str]] = {}
+    for record in records:
+        cases.setdefault(f"`{record.model}` {record.suite}", []).extend([record.case] if record.case else [])
+    return ", ".join(
+        f"{name} ({', '.join(found) if len(found) <= MOST_CASES else f'{len(found)} cases'})" if found else name
+        for name, found in sorted(cases.items())
+    )
 
 
 if __name__ == "__main__":
