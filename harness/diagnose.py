@@ -1,4 +1,4 @@
-"""Why captured rows are not the reference's: the order of the items, a processor, the encoder, or the language model.
+"""Why captured rows are not the reference's: capture, the items' order, a processor, the encoder, or what follows.
 
 A cause is looked for among what goes wrong in practice: the reference is run on inputs changed in one respect, and the
 change that makes the rows agree is named. Where none does, the part in which the difference arose is named.
@@ -19,7 +19,7 @@ from harness.compare import Comparison, Tolerance, compare
 from harness.observe import ProcessedItem
 from harness.reference import Reference, image_processor, normalised, prepared
 
-Kind = Literal["order", "processor", "encoder", "language model"]
+Kind = Literal["capture", "order", "processor", "encoder", "language model"]
 
 LINEAR_RESIDUAL = 1e-3
 """Share of the spread that an affine fit may leave: more than float32 and bfloat16 pixels round, and far less than
@@ -47,19 +47,25 @@ class Cause:
 
 
 def of_encoder(
-    comparison: Comparison, rows: Tensor, reference: Reference, items: Sequence[ProcessedItem], tolerance: Tolerance
+    comparison: Comparison,
+    rows: Tensor | None,
+    reference: Reference,
+    items: Sequence[ProcessedItem],
+    tolerance: Tolerance,
 ) -> Cause:
     """Why captured rows differ from the reference's on the same inputs.
 
     Args:
         comparison: of the two.
-        rows: captured, (num_rows, hidden_size).
+        rows: captured, (num_rows, hidden_size); None if there are none.
         reference: that was compared.
         items: what it was run on.
         tolerance: that the comparison had.
     """
     if comparison.failure == "row order":
         return Cause("order", comparison.headline)
+    if rows is None or comparison.failure != "values":
+        return Cause("capture", comparison.headline)
     for sentence, change in _hypotheses(reference, items):
         try:
             expected = reference.encode_items([change(item) for item in items]).rows

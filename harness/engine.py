@@ -240,7 +240,7 @@ class Engine:
         self.usable = False
         code = self._process.exitcode
         status = f" (exit status {code})" if code is not None else ""
-        return EngineError(f"the engine {how}{status}: {self.spec}. Its log, {self.log}, ends:\n{self.log_tail()}")
+        return EngineError(f"the engine {how}{status}: {self.spec}.\nIts log, {self.log}, ends:\n{self.log_tail()}")
 
     def log_tail(self, lines: int = 40) -> str:
         """The end of the engine's log."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from harness.cases import CASES
 from harness.matrix import ModelSpec, load_all
 from harness.media import Media
 
-MOST_TOKENS = 8192
-"""Longest prompt: published models tile an image into thousands of tokens."""
+MOST_TOKENS = 4096
+"""Longest prompt: published models tile an image into thousands of tokens, and several engines share a GPU."""
 
 LIMITS = {"image": 4, "video": 1, "audio": 4}
 """Items of a prompt, by modality."""
@@ -80,8 +81,8 @@ def of_checkpoint(folder: Path) -> ModelSpec:
     vision_type = vision.get("model_type") if isinstance(vision, dict) else None
     for wanted in (vision_type, ""):
         for spec in load_all().values():
-            if spec.architecture in architectures and spec.vision_type == wanted:
-                return spec
+            if spec.architecture in architectures and spec.vision_type == wanted and not spec.suites:
+                return replace(spec, engine_options={**spec.engine_options, "max_model_len": _longest(folder)})
     return discover(folder, architectures[0])
 
 
@@ -99,7 +100,7 @@ def discover(folder: Path, architecture: str) -> ModelSpec:
 
     try:
         processor: Any = transformers.AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UnknownModelError(f"{folder} is a {architecture} and has no processor: {_first_line(error)}") from error
     modalities = [modality for modality, part in _PARTS.items() if getattr(processor, part, None) is not None]
     if not modalities:
@@ -107,14 +108,17 @@ def discover(folder: Path, architecture: str) -> ModelSpec:
     try:
         wrapper = _render(processor, {"type": "text", "text": "{body}"})
         placeholders = {modality: _placeholder(processor, wrapper, modality) for modality in modalities}
-    except ValueError as error:
+    except Exception as error:
         raise UnknownModelError(
             f"{folder} is a {architecture} without a chat template to tell its placeholders ({_first_line(error)}): "
             "write a YAML file for it as CONTRIBUTING.md shows"
         ) from error
     placeholders = {modality: text for modality, text in placeholders.items() if text}
     if not placeholders:
-        raise UnknownModelError(f"{folder} is a {architecture} whose chat template has no place for {modalities}")
+        raise UnknownModelError(
+            f"{folder} is a {architecture} whose chat template has no place for {', '.join(modalities)}: write a YAML "
+            "file for it as CONTRIBUTING.md shows"
+        )
     return ModelSpec(
         name=folder.name,
         hub_id=str(folder),
@@ -124,7 +128,7 @@ def discover(folder: Path, architecture: str) -> ModelSpec:
         cases=tuple(case for case, parts in CASES.items() if _modalities(parts) <= placeholders.keys()),
         prompt=wrapper,
         engine_options={
-            "max_model_len": min(MOST_TOKENS, _longest(folder)),
+            "max_model_len": _longest(folder),
             "limit_mm_per_prompt": {modality: LIMITS[modality] for modality in placeholders},
         },
         num_levels=_num_levels(folder),
@@ -156,11 +160,11 @@ def _config(folder: Path) -> dict[str, Any]:
 def _longest(folder: Path) -> int:
     config = _config(folder)
     found = config.get("text_config", config).get("max_position_embeddings")
-    return found if isinstance(found, int) else MOST_TOKENS
+    return min(found, MOST_TOKENS) if isinstance(found, int) else MOST_TOKENS
 
 
 def _num_levels(folder: Path) -> int:
-    return len(_config(folder).get("vision_config", {}).get("deepstack_visual_indexes") or [])
+    return len((_config(folder).get("vision_config") or {}).get("deepstack_visual_indexes") or [])
 
 
 def _first_line(error: Exception) -> str:

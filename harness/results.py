@@ -36,7 +36,7 @@ class TestRecord:
     nodeid: str
     """pytest's id, unique in a session."""
     suite: str
-    """Column of the tables, such as "contract", "reference" or "golden"."""
+    """Column of the tables, such as "contract", "encoder" or "golden"."""
     outcome: Outcome
     clauses: tuple[str, ...] = ()
     """Contract clauses that the test shows, such as "C7"."""
@@ -48,7 +48,7 @@ class TestRecord:
     comparison: Mapping[str, Any] | None = None
     """`Comparison.summary`."""
     numbers: Mapping[str, int | float | str | bool | None] = field(default_factory=dict)
-    """Whatever else was measured or counted, such as "engine_start_s" or "prefix_hits"."""
+    """Whatever else was measured or counted, such as "cached_tokens" or "preemptions"."""
     message: str = ""
     """Why it failed or was skipped."""
 
@@ -75,7 +75,7 @@ class Results:
 
         Args:
             environment: `harness.environment.describe()`.
-            models: per model name what a report says of it (revision, dtype, skip reasons).
+            models: per model name what a report says of it (hub id, revision, whether its reference is independent).
             created: ISO 8601 time, now if not given.
             interrupted: the session did not run all its tests.
         """

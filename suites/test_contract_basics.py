@@ -46,7 +46,7 @@ def assert_same(completion: Completion, *expected: torch.Tensor, known: dict[str
     truth = torch.cat(expected)
     tolerance = Tolerance.float32()
     if truth.dtype != torch.float32:
-        # Another batch means another order of the same roundings; a tower adds few of them up (docs: 1.3e-2 measured).
+        # Another batch means another order of the same roundings; a tower adds few of them up.
         limit = torch.tensor(4 * torch.finfo(truth.dtype).eps, dtype=torch.float64)
         tolerance = Tolerance(truth.dtype, limit, f"4 roundings to {truth.dtype}")
     starts = accumulate(map(len, expected), initial=0)
@@ -59,8 +59,11 @@ def assert_same(completion: Completion, *expected: torch.Tensor, known: dict[str
 
 
 @pytest.mark.clause("C1", "C2", "C3")
-def test_a_completion_carries_the_rows_of_its_item(alone: dict[str, Completion], items: tuple[Media, Media]) -> None:
+def test_a_completion_carries_the_rows_of_its_item(
+    engine: Engine, alone: dict[str, Completion], items: tuple[Media, Media]
+) -> None:
     rows = embedding(alone["first"])
+    assert rows.dtype == engine.call(dtype)
     assert rows.device.type == "cpu"
     assert rows.is_contiguous()
     assert rows.isfinite().all()
@@ -69,6 +72,11 @@ def test_a_completion_carries_the_rows_of_its_item(alone: dict[str, Completion],
     assert [(span.modality, span.start, span.num_rows) for span in spans] == [(items[0].modality, 0, len(rows))]
     assert spans[0].identifier
     assert not torch.allclose(rows[0], rows[-1]), "the rows do not depend on the item: the test could not fail"
+
+
+def dtype(server: Server) -> torch.dtype:
+    found: torch.dtype = server.engine.llm_engine.model_config.dtype
+    return found
 
 
 @pytest.mark.clause("C3")

@@ -20,7 +20,6 @@ _TYPES: dict[str, type] = {
     "smallest_image": list,
     "largest_image": list,
     "independent": bool,
-    "leading_items": bool,
     "num_levels": int,
     "gpu_memory_gb": float,
 }
@@ -70,13 +69,11 @@ class ModelSpec:
     prompt: str = "{body}"
     """What the family wraps around a prompt's text and media."""
     engine_options: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of EngineArgs for the embedded checkpoint."""
+    """Keyword arguments of EngineArgs; max_model_len is the embedded checkpoint's, others have their own."""
     dtype: str = "float32"
     """Of the embedded checkpoint's engine: float32 unless vLLM's CPU kernels of this family know another one only."""
     reference: str = "generic"
     """Function of harness.reference.ENCODERS that runs the Hugging Face encoder."""
-    leading_items: bool = False
-    """True where a prompt's items must stand before its text."""
     num_levels: int = 0
     """Deepstack levels that its vision encoder packs behind the rows."""
     smallest_image: tuple[int, int] = (32, 32)

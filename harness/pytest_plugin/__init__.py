@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from harness import checkpoints, environment, matrix, models
 from harness.engine import Arm
-from harness.goldens import Goldens
+from harness.goldens import UPDATE_MODES, Goldens
 from harness.pytest_plugin import differences
 from harness.pytest_plugin.recorder import Recorder
 from harness.pytest_plugin.subject import EnginePool, Subject
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="embedded models with the published encoder's dimensions, in bfloat16 (for a GPU)",
     )
     group.addoption("--golden-store", type=Path, metavar="FOLDER", help="of the goldens of your own checkpoints")
-    group.addoption("--golden-update", choices=["new", "changed", "all"], help="record goldens")
+    group.addoption("--golden-update", choices=UPDATE_MODES, help="record goldens")
     group.addoption("--results", type=Path, metavar="PATH", help="write all that was found to this JSON file")
 
 

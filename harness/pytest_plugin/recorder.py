@@ -20,8 +20,6 @@ def facts(spec: ModelSpec) -> dict[str, Any]:
     return {
         "hub_id": spec.hub_id,
         "revision": spec.revision,
-        "modalities": list(spec.placeholders),
-        "dtype": spec.dtype,
         "independent": spec.independent,
     }
 

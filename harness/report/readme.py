@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.cases import CASES
 from harness.contract import CLAUSES
 from harness.files import write_atomically
 from harness.report.tally import Tally, first_line, markdown, models_worst_first, reasons, suites, worst_row
@@ -41,14 +42,14 @@ def matrix_table(results: Results) -> str:
     """
     records = [record for record in results.records if record.model is not None]
     names = list(suites(records))
-    media = [name for name in ("video", "audio") if any(name in (record.case or "") for record in records)]
+    media = [name for name in ("video", "audio") if any(_has(record, name) for record in records)]
     rows = [["model", *names, *media]]
     for model, tally in models_worst_first(records).items():
         cells = suites(tally.records)
         label = f"`{model}`"
         if not results.models.get(model, {}).get("independent", True):
             label += "<br>not independent"
-        with_media = [Tally(tuple(r for r in tally.records if name in (r.case or ""))) for name in media]
+        with_media = [Tally(tuple(r for r in tally.records if _has(r, name))) for name in media]
         rows.append([label, *(_cell(cells[name]) if name in cells else "" for name in names), *map(str, with_media)])
     lines = markdown(rows)
     if any("not independent" in row[0] for row in rows):
@@ -158,6 +159,12 @@ def _cell(tally: Tally) -> str:
         return text
     cosine, relative = worst_row(tally.worst)
     return f"{text}<br>cos {cosine}, L2 {relative}"
+
+
+def _has(record: TestRecord, modality: str) -> bool:
+    """Whether the test's case has such media."""
+    parts = CASES.get(record.case or "", ())
+    return any(not isinstance(part, str) and part.modality == modality for part in parts)
 
 
 def _tests_of_models(records: Sequence[TestRecord]) -> str:

@@ -1,4 +1,4 @@
-"""The defects: each function breaks `harness.capture` in the process that calls it, as a mistake in its code would.
+"""The defects: each function breaks capture, the reference or a golden, as a mistake in its code would.
 
 `apply` is called in every process of an engine that captures: in the engine's child as EngineSpec.setup, and as a
 plugin of vLLM in the processes that vLLM itself starts. The environment variable says which defects.

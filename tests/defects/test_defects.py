@@ -1,4 +1,4 @@
-"""Every suite fails when capture is broken: deliberate defects, and the test that must find each and name its cause."""
+"""Every suite fails when what it guards is broken: deliberate defects, and the test that must name each cause."""
 
 from __future__ import annotations
 

@@ -53,7 +53,6 @@ def test_a_checkpoint_that_no_file_is_of(session: Session, tmp_path: Path) -> No
     records = session("test_reference.py", "--model", str(folder))
     assert {record.case for record in records} >= {"image", "two-images", "image-between-texts"}
     assert outcomes(records) == {("encoder", "passed"), ("preprocessing", "passed"), ("tokens", "skipped")}
-    assert all(record.numbers.get("rows", 1) for record in records)
 
 
 def test_a_hub_id(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
