@@ -82,22 +82,23 @@ def of_checkpoint(folder: Path) -> ModelSpec:
     for wanted in (vision_type, ""):
         for spec in load_all().values():
             if spec.architecture in architectures and spec.vision_type == wanted and not spec.suites:
-                return replace(spec, engine_options={**spec.engine_options, "max_model_len": _longest(folder)})
-    return discover(folder, architectures[0])
+                return replace(spec, engine_options={**spec.engine_options, "max_model_len": _longest(config)})
+    return discover(folder, config)
 
 
-def discover(folder: Path, architecture: str) -> ModelSpec:
+def discover(folder: Path, config: dict[str, Any]) -> ModelSpec:
     """The model's modalities from its processor, its prompt and placeholders from its chat template.
 
     Args:
         folder: of the checkpoint.
-        architecture: that its config.json names.
+        config: its config.json, which names an architecture.
 
     Raises:
         UnknownModelError: it has no processor of media, or no chat template; one sentence.
     """
     import transformers
 
+    architecture = config["architectures"][0]
     try:
         processor: Any = transformers.AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -128,10 +129,10 @@ def discover(folder: Path, architecture: str) -> ModelSpec:
         cases=tuple(case for case, parts in CASES.items() if _modalities(parts) <= placeholders.keys()),
         prompt=wrapper,
         engine_options={
-            "max_model_len": _longest(folder),
+            "max_model_len": _longest(config),
             "limit_mm_per_prompt": {modality: LIMITS[modality] for modality in placeholders},
         },
-        num_levels=_num_levels(folder),
+        num_levels=_num_levels(config),
     )
 
 
@@ -152,19 +153,13 @@ def _modalities(parts: tuple[str | Media, ...]) -> set[str]:
     return {part.modality for part in parts if not isinstance(part, str)}
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
-
-
-def _longest(folder: Path) -> int:
-    config = _config(folder)
+def _longest(config: dict[str, Any]) -> int:
     found = config.get("text_config", config).get("max_position_embeddings")
     return min(found, MOST_TOKENS) if isinstance(found, int) else MOST_TOKENS
 
 
-def _num_levels(folder: Path) -> int:
-    return len((_config(folder).get("vision_config") or {}).get("deepstack_visual_indexes") or [])
+def _num_levels(config: dict[str, Any]) -> int:
+    return len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or [])
 
 
 def _first_line(error: Exception) -> str:

@@ -29,7 +29,7 @@ def test_golden(
         pytest.skip("goldens of a checkpoint that is not embedded are kept outside the repository: give --golden-store")
     observed = subject.observe(case)
     completion = observed.completion
-    verdict, tolerance = check(subject, observed)
+    verdict, tolerance, _ = check(subject, observed)
     parts = cases.parts(subject.spec, case)
     processed = {
         f"{index}.{name}": tensor for index, item in enumerate(observed.items) for name, tensor in item.data.items()

@@ -13,25 +13,27 @@ from harness import cases, diagnose
 from harness.compare import Comparison, Tolerance, compare
 from harness.engine_process import Server
 from harness.pytest_plugin.subject import NUM_TOKENS, Observed, Subject
+from harness.reference import Encoded
 
 Record = Callable[[str, object], None]
 
 
-def check(subject: Subject, observed: Observed) -> tuple[Comparison, Tolerance]:
-    """The captured rows against the Hugging Face encoder's on the inputs that vLLM's processor made."""
+def check(subject: Subject, observed: Observed) -> tuple[Comparison, Tolerance, Encoded]:
+    """The captured rows against the Hugging Face encoder's, which it gives too, on the inputs of vLLM's processor."""
     rows = observed.completion.mm_embedding
     tolerance = subject.tolerance(observed.items, torch.float32 if rows is None else rows.dtype)
-    expected = subject.reference().encode_items(observed.items).rows
+    expected = subject.reference().encode_items(observed.items)
     items = observed.completion.mm_embedding_items or []
-    covered = sum(item.num_rows for item in items) == len(expected)
-    return compare(rows, expected, tolerance=tolerance, items=items if covered else None), tolerance
+    covered = sum(item.num_rows for item in items) == len(expected.rows)
+    comparison = compare(rows, expected.rows, tolerance=tolerance, items=items if covered else None)
+    return comparison, tolerance, expected
 
 
 def cause(subject: Subject, case: str) -> diagnose.Cause | None:
     """Why the captured rows are not Hugging Face's, end to end; None if they are."""
     observed, reference = subject.observe(case), subject.reference()
     rows = observed.completion.mm_embedding
-    comparison, tolerance = check(subject, observed)
+    comparison, tolerance, _ = check(subject, observed)
     if not comparison.ok:
         return diagnose.of_encoder(comparison, rows, reference, observed.items, tolerance)
     processed = processed_by_hugging_face(subject, case)
@@ -59,7 +61,7 @@ def fail(text: str, cause: diagnose.Cause | None, record_property: Record) -> No
 @pytest.mark.clause("C3", "C8")
 def test_encoder(subject: Subject, case: str, record_property: Record) -> None:
     observed = subject.observe(case)
-    comparison, tolerance = check(subject, observed)
+    comparison, tolerance, expected = check(subject, observed)
     record_property("comparison", comparison.summary)
     record_property("independent", subject.spec.independent)
     if not comparison.ok:
@@ -70,10 +72,9 @@ def test_encoder(subject: Subject, case: str, record_property: Record) -> None:
         (item.modality, item.num_embeds) for item in observed.items
     ]
     levels = observed.completion.mm_embedding_levels
-    expected = subject.reference().encode_items(observed.items).levels
     assert levels is not None
-    assert len(levels) == subject.spec.num_levels == len(expected)
-    known = {f"deepstack level {index}": level for index, level in enumerate(expected)}
+    assert len(levels) == subject.spec.num_levels == len(expected.levels)
+    known = {f"deepstack level {index}": level for index, level in enumerate(expected.levels)}
     for index, (name, truth) in enumerate(known.items()):
         if levels.dtype != torch.float32:
             own = subject.reference(levels.dtype).encode_items(observed.items).levels[index]

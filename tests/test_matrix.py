@@ -62,6 +62,7 @@ cases: [image]
         ("a: [", r"bad.yaml is not YAML"),
         (GOOD + "colour: red", r"bad.yaml has the unknown key 'colour'"),
         (GOOD.replace("recipe: qwen3_vl", ""), r"bad.yaml lacks the key 'recipe'"),
+        (GOOD + "cases: 3", r"bad.yaml: 'cases' must be a list"),
         (GOOD + "num_levels: three", r"bad.yaml: 'num_levels' must be a int"),
         (GOOD + "differences: [{suites: [encoder], cases: [image]}]", r"an entry of 'differences' must have"),
     ],
