@@ -145,15 +145,12 @@ class Completion:
 
 
 class Engine:
-    """A running engine. `call` runs functions beside it.
+    """An engine that starts, so that several can at once; `wait` until it runs. `call` runs functions beside it.
 
     Args:
         spec: what to start.
         log: file for everything that the child and its children print.
         progress: gets a line when the start begins and when it is done.
-
-    Raises:
-        EngineError: it did not start.
     """
 
     def __init__(self, spec: EngineSpec, log: Path, progress: Callable[[str], None] = lambda _line: None) -> None:
@@ -161,8 +158,11 @@ class Engine:
         self.log = log
         self.usable = True
         """False after an EngineError: nothing more can be asked of it."""
+        self.start_seconds: float | None = None
+        """How long the start took; None until it runs."""
+        self._progress = progress
+        self._began = time.monotonic()
         progress(f"starting {spec}")
-        began = time.monotonic()
         from harness import engine_process
 
         # Importing vLLM takes 8 of the 10 s of an in-process start: such engines are forked from a server that has done
@@ -178,14 +178,23 @@ class Engine:
         with mock.patch.dict(os.environ, {**_variables(spec), **({"VLLM_PLUGINS": ""} if spec.in_process else {})}):
             self._process.start()
         theirs.close()
+        self._send(spec)
+
+    def wait(self) -> None:
+        """Returns when the engine runs.
+
+        Raises:
+            EngineError: it did not start.
+        """
+        if self.start_seconds is not None:
+            return
         try:
-            self._send(spec)
             self._receive(START_SECONDS)
         except BaseException:
             self.kill()
             raise
-        self.start_seconds = time.monotonic() - began
-        progress(f"started in {self.start_seconds:.1f} s")
+        self.start_seconds = time.monotonic() - self._began
+        self._progress(f"started in {self.start_seconds:.1f} s: {self.spec}")
 
     @overload
     def call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any, timeout: float = ...) -> T: ...

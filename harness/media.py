@@ -119,12 +119,14 @@ def _photograph(name: str) -> Image.Image:
 
 def _frame(seed: int, index: int, width: int, height: int) -> np.ndarray:
     words = np.random.Philox(key=seed).random_raw(40).astype(np.int64) & 0xFFFFFF
-    rows, columns = np.mgrid[0:height, 0:width]
-    pixels = np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) * 255 // (height + width)], -1)
+    rows, columns = np.arange(height)[:, None], np.arange(width)
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = rows * 255 // height, columns * 255 // width
+    pixels[..., 2] = (rows + columns) * 255 // (height + width)
     for left, top, size, *color in words[:36].reshape(6, 6):
         left, top, size = (left + 3 * index) % width, (top + 2 * index) % height, 4 + size % (min(width, height) // 2)
         pixels[top : top + size, left : left + size] = np.array(color) % 256
-    return pixels.astype(np.uint8)
+    return pixels
 
 
 def _samples(seed: int, num_samples: int) -> np.ndarray:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from harness.verdict import Gate
+
 FOLDER = Path(__file__).parent
 
 _TYPES: dict[str, type] = {
@@ -22,6 +24,7 @@ _TYPES: dict[str, type] = {
     "independent": bool,
     "num_levels": int,
     "gpu_memory_gb": float,
+    "gates": dict,
 }
 """Of the keys that are not text."""
 
@@ -44,6 +47,10 @@ class Difference:
     """One sentence: why, and in whose code."""
     device: str = ""
     """The only one on which it shows, as what an attention backend does: "cpu" or "cuda"; "" for any."""
+
+
+GATES = {"throughput": Gate(goal=0.99, limit=0.98), "latency": Gate(goal=0.98, limit=0.95)}
+"""What capture may cost, as the ratio without over with it: of the time for a batch, and of a request's p99 latency."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,8 @@ class ModelSpec:
     """What is known to differ from Hugging Face, each with its reason."""
     gpu_memory_gb: float = 0.0
     """GiB that the published model's weights take in its own dtype, so that a runner can be chosen."""
+    gates: Mapping[str, Gate] = field(default_factory=lambda: GATES)
+    """What capture may cost, by what is measured: of GATES, those that are others for this model."""
     min_vllm: str = "0.32"
     """Oldest release of vLLM that has the model; on older ones it is skipped, with the reason."""
     min_transformers: str = "5.16"
@@ -129,7 +138,13 @@ def load(path: Path) -> ModelSpec:
         raise SpecError(
             f"{path.name}: an entry of 'differences' must have suites, cases, finding and reason ({error})"
         ) from error
-    return ModelSpec(name=path.stem, **{**values, **tuples})
+    try:
+        gates = {name: Gate(**gate) for name, gate in values.pop("gates", {}).items()}
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{path.name}: an entry of 'gates' must have goal and limit ({error})") from error
+    if unknown := gates.keys() - GATES.keys():
+        raise SpecError(f"{path.name}: 'gates' has {', '.join(unknown)}: use {', '.join(GATES)}")
+    return ModelSpec(name=path.stem, **{**values, **tuples, "gates": {**GATES, **gates}})
 
 
 def load_all() -> dict[str, ModelSpec]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from packaging.version import Version
 
 from harness import checkpoints, environment, matrix, models
 from harness.engine import Arm
 from harness.goldens import UPDATE_MODES, Goldens
-from harness.pytest_plugin import differences
+from harness.pytest_plugin import benchmarks, differences
 from harness.pytest_plugin.recorder import Recorder
 from harness.pytest_plugin.subject import EnginePool, Subject
 
@@ -34,6 +36,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="embedded models with the published encoder's dimensions, in bfloat16 (for a GPU)",
     )
+    group.addoption(
+        "--engine-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="keyword argument of vLLM's EngineArgs for all engines, the value as YAML: tensor_parallel_size=2",
+    )
+    group.addoption(
+        "--rounds", type=int, metavar="N", help="of a benchmark, by default 12 on a GPU, and 2 on a CPU to see it work"
+    )
+    group.addoption("--peers", action="store_true", help="benchmark other ways to get at embeddings too")
     group.addoption("--golden-store", type=Path, metavar="FOLDER", help="of the goldens of your own checkpoints")
     group.addoption("--golden-update", choices=UPDATE_MODES, help="record goldens")
     group.addoption("--results", type=Path, metavar="PATH", help="write all that was found to this JSON file")
@@ -53,13 +66,29 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_MODELS] = [models.find(name) for name in names or matrix.load_all()]
     except (models.UnknownModelError, matrix.SpecError) as error:
         raise pytest.UsageError(f"--model: {error}") from error
+    config.stash[_ENGINE_OPTIONS] = _engine_options(config.getoption("--engine-option"))
     config.pluginmanager.register(
         Recorder(results, [spec for spec, _ in config.stash[_MODELS]]), "mm-embedding-recorder"
     )
     config.pluginmanager.register(differences, "mm-embedding-differences")
+    config.pluginmanager.register(benchmarks, "mm-embedding-benchmarks")
 
 
 _MODELS = pytest.StashKey[list[tuple[matrix.ModelSpec, Path | None]]]()
+_ENGINE_OPTIONS = pytest.StashKey[dict[str, Any]]()
+
+
+def _engine_options(given: list[str]) -> dict[str, Any]:
+    options = {}
+    for option in given:
+        name, separator, value = option.partition("=")
+        if not (name.isidentifier() and separator):
+            raise pytest.UsageError(f"--engine-option: {option} must be NAME=VALUE, such as tensor_parallel_size=2")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise pytest.UsageError(f"--engine-option: the value of {option} is not YAML ({error})") from error
+    return options
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -141,7 +170,8 @@ def subject(request: pytest.FixtureRequest, engine_pool: EnginePool) -> Subject:
             folder = checkpoints.build(spec.recipe, size="full", dtype="bfloat16")
         path = folder or checkpoints.build(spec.recipe)
         thorough = _is_thorough(request.config, request.param)
-        return Subject(spec, path, engine_pool, embedded=folder is None, thorough=thorough)
+        options = request.config.stash[_ENGINE_OPTIONS]
+        return Subject(spec, path, engine_pool, embedded=folder is None, thorough=thorough, user_options=options)
     except checkpoints.CheckpointError as error:
         pytest.fail(str(error), pytrace=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from harness import cases, observe
 from harness.compare import Tolerance
-from harness.engine import Arm, Completion, Engine, EngineSpec, Interface, Request
+from harness.engine import Arm, Completion, Engine, EngineError, EngineSpec, Interface, Request
 from harness.matrix import ModelSpec
 from harness.media import Media, audio, image
 from harness.observe import ProcessedItem
@@ -59,8 +59,30 @@ class EnginePool:
                 self._engines.pop(next(iter(self._engines))).shutdown()
             self._started += 1
             engine = Engine(spec, self._folder / f"{self._started}.log", self._progress)
+            engine.wait()
         self._engines[spec] = engine
         return engine
+
+    def together(self, specs: Iterable[EngineSpec]) -> list[Engine]:
+        """Engines of these specs, all alive at once and no other, which would disturb what is measured.
+
+        Raises:
+            EngineError: one did not start.
+        """
+        wanted = list(specs)
+        for spec in [spec for spec, engine in self._engines.items() if spec not in wanted or not engine.usable]:
+            self._engines.pop(spec).shutdown()
+        for spec in wanted:
+            if spec not in self._engines:
+                self._started += 1
+                self._engines[spec] = Engine(spec, self._folder / f"{self._started}.log", self._progress)
+        for spec in wanted:
+            try:
+                self._engines[spec].wait()
+            except EngineError:
+                del self._engines[spec]
+                raise
+        return [self._engines[spec] for spec in wanted]
 
     def shutdown(self) -> None:
         """Ends them all."""
@@ -92,6 +114,7 @@ class Subject:
         pool: of engines.
         embedded: whether the checkpoint is a tiny one of ours, and not the user's.
         thorough: whether the tests run that start many engines for what does not depend on the model.
+        user_options: keyword arguments of EngineArgs that the user set for all engines of the session.
     """
 
     spec: ModelSpec
@@ -99,6 +122,7 @@ class Subject:
     pool: EnginePool
     embedded: bool
     thorough: bool
+    user_options: Mapping[str, Any] = field(default_factory=dict)
     _observed: dict[str, Observed] = field(default_factory=dict)
     _references: dict[torch.dtype, Reference] = field(default_factory=dict)
 
@@ -111,6 +135,12 @@ class Subject:
         **options: Any,
     ) -> Engine:
         """An engine of this model, shared with every test that asks for the same."""
+        return self.pool.get(self.engine_spec(arm, interface, in_process=in_process, **options))
+
+    def engine_spec(
+        self, arm: Arm = Arm.CAPTURING, interface: Interface = Interface.LLM, *, in_process: bool = True, **options: Any
+    ) -> EngineSpec:
+        """What `engine` starts."""
         options = {"max_num_seqs": 8, "enforce_eager": True, "seed": 0, **self.spec.engine_options, **options}
         if in_process:
             # So that the processor's output is there to read, and one engine serves nearly every test.
@@ -122,8 +152,8 @@ class Subject:
             # ends meanwhile. The utilization is only what must be free at the start.
             options = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "gpu_memory_utilization": 0.15, **options}
         environment = (("HF_HUB_OFFLINE", "1"), ("VLLM_CPU_KVCACHE_SPACE", "1"))
-        pairs = tuple(sorted(options.items()))
-        return self.pool.get(EngineSpec(str(self.path), arm, interface, in_process, _Frozen(pairs), environment))
+        pairs = tuple(sorted({**options, **self.user_options}.items()))
+        return EngineSpec(str(self.path), arm, interface, in_process, _Frozen(pairs), environment)
 
     def request(self, *parts: cases.Part, **params: Any) -> Request:
         """A greedy request of these texts and media; `params` for SamplingParams."""

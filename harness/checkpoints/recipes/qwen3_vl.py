@@ -64,7 +64,8 @@ def build(full: bool) -> Recipe:
         vision_end_token_id=ids["vision_eos_token"],
         tie_word_embeddings=full,
     )
-    size = {"shortest_edge": 64 * 64, "longest_edge": 256 * 256}  # small, so that few tokens make a small encoder cache
+    # Small in the tiny one, so that few tokens make a small encoder cache.
+    size = {"shortest_edge": 64 * 64, "longest_edge": (2048 if full else 256) ** 2}
     # As published. Where the two differ, vLLM normalises videos with the image processor's numbers.
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     processor = transformers.Qwen3VLProcessor(

@@ -1,0 +1,172 @@
+"""The arms of a benchmark, its interleaved rounds and their verdicts; pytest-benchmark's machine and storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import pytest
+import torch
+
+from harness import environment, load
+from harness.engine import Arm, Engine, Interface
+from harness.load import Workload
+from harness.pytest_plugin.subject import Subject
+from harness.verdict import Ratio, Verdict, judge
+
+T = TypeVar("T")
+
+GPU_OPTIONS = {"max_model_len": 8192, "max_num_seqs": 48, "kv_cache_memory_bytes": 8 << 30}
+"""Of an engine among three on a GPU."""
+
+ARMS = tuple(Arm)
+
+
+def on_gpu() -> bool:
+    """Where cost is judged. On a CPU the benchmarks run small, to see that they work."""
+    return torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The engines that are compared with each other.
+
+    Attributes:
+        subject: the model.
+        rounds: how often each arm runs a workload.
+    """
+
+    subject: Subject
+    rounds: int
+
+    def arms(self, interface: Interface, **capture_options: Any) -> dict[str, Engine]:
+        """The engines by arm, all alive at once. `capture_options` are the plugin's, for the arm that captures."""
+        settings = GPU_OPTIONS if on_gpu() else {}
+        in_process = not on_gpu() and interface is Interface.LLM  # a core and a frontend of each on two cores is much
+        specs = [
+            self.subject.engine_spec(
+                arm, interface, in_process=in_process, **settings, **(capture_options if arm is Arm.CAPTURING else {})
+            )
+            for arm in ARMS
+        ]
+        return dict(zip(map(str, ARMS), self.subject.pool.together(specs), strict=True))
+
+    def scaled(self, workload: Workload) -> Workload:
+        """The workload as this machine and this model can take it."""
+        return workload if on_gpu() else workload.small()
+
+    def judge(self, kind: str, ratios: Mapping[str, Ratio], record_property: Callable[[str, object], None]) -> None:
+        """Records the ratios; on a GPU, fails the test that breaks its gate, or skips it as undecided."""
+        lines, verdicts = [], []
+        gate = self.subject.spec.gates[kind]
+        for name, ratio in ratios.items():
+            record_property(name, str(ratio))
+            judgement = judge(ratio, gate)
+            verdicts.append(judgement.verdict)
+            lines.append(f"{name}: {ratio}: {judgement} (goal {gate.goal}, interval above {gate.limit})")
+        if not on_gpu():
+            record_property("verdict", "not judged on a CPU")
+            return
+        text = "\n".join(lines)
+        record_property("verdict", text)
+        if Verdict.FAIL in verdicts:
+            pytest.fail(text, pytrace=False)
+        if Verdict.UNDECIDED in verdicts:
+            pytest.skip(text)
+
+
+@dataclass
+class Rounds(Generic[T]):
+    """Runs the arms one after another in each round, beginning with another one each time, so that drift hits all.
+
+    For `benchmark.pedantic`: `before` and `after` are its setup and teardown, `timed` its target, the capturing arm.
+
+    Attributes:
+        arms: engines by name; the one that is timed is `Arm.CAPTURING`.
+        prepare: puts a round's requests into an engine.
+        run: runs them.
+        samples: what `run` gave, by arm, one a round.
+    """
+
+    arms: Mapping[str, Engine]
+    prepare: Callable[[Engine, int], None]
+    run: Callable[[Engine, int], T]
+    samples: dict[str, list[T]] = field(default_factory=dict)
+    _round: int = 0
+
+    def warm_up(self, rounds: int = 1) -> None:
+        """Rounds that do not count."""
+        for _ in range(rounds):
+            self.before()
+            self.timed()
+            self.after()
+        self.samples.clear()
+
+    def before(self) -> None:
+        """Prepares a round in all engines and runs the arms that come before the one that is timed."""
+        self._round += 1
+        with ThreadPoolExecutor(len(self.arms)) as pool:
+            list(pool.map(lambda engine: self.prepare(engine, self._round), self.arms.values()))
+        first, _ = self._order()
+        for name in first:
+            self._run(name)
+
+    def timed(self) -> None:
+        """Runs the arm that is timed."""
+        self._run(Arm.CAPTURING)
+
+    def after(self) -> None:
+        """Runs the others."""
+        for name in self._order()[1]:
+            self._run(name)
+
+    def _order(self) -> tuple[list[str], list[str]]:
+        names = list(self.arms)
+        start = self._round % len(names)
+        names = names[start:] + names[:start]
+        timed = names.index(Arm.CAPTURING)
+        return names[:timed], names[timed + 1 :]
+
+    def _run(self, name: str) -> None:
+        self.samples.setdefault(str(name), []).append(self.run(self.arms[name], self._round))
+
+
+def offline(cost: Cost, arms: Mapping[str, Engine], workload: Workload) -> Rounds[load.Sample]:
+    """Rounds of LLM.generate."""
+    return Rounds(
+        arms,
+        lambda engine, number: engine.call(load.prepare, cost.subject.spec, workload, number),
+        lambda engine, _number: engine.call(load.run),
+    )
+
+
+@pytest.fixture
+def cost(subject: Subject, pytestconfig: pytest.Config) -> Cost:
+    """The arms of the model under test."""
+    rounds: int | None = pytestconfig.getoption("--rounds")
+    return Cost(subject, rounds or (12 if on_gpu() else 2))
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    """With GPUs, driver and versions, which pytest-benchmark's own leaves out."""
+    return environment.describe()
+
+
+COMPARED = ("machine", "cpu", "gpus", "versions")
+"""Keys of the machine info in which two runs must be equal to be compared."""
+
+
+def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
+    """Refuses to compare unlike machines: the difference would be taken for one of the code."""
+    saved = compared_benchmark["machine_info"]
+    unlike = [
+        f"{key} {saved.get(key)} there and {machine_info[key]} here"
+        for key in COMPARED
+        if saved.get(key) != machine_info[key]
+    ]
+    if unlike:
+        raise pytest.UsageError(
+            f"--benchmark-compare: the saved run is of another machine ({'; '.join(unlike)}): name one of this machine"
+        )

@@ -1,0 +1,153 @@
+"""What a cost ratio shows: an interval from paired rounds, and pass, fail or undecided.
+
+A ratio is capturing over absent, of the same round, so that what slows the machine down slows both. Above 1 is better:
+a ratio of latencies is turned round by the caller. Noise widens the interval, which leads to "undecided" and never to
+"fail"; and never to "pass", which needs the interval above the limit.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+"""Of the two-sided intervals."""
+
+_RESAMPLES = 4999
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What is promised of a ratio where above 1 is better.
+
+    Attributes:
+        goal: the ratio itself is at least this.
+        limit: and its interval lies above this.
+    """
+
+    goal: float
+    limit: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.limit <= self.goal:
+            raise ValueError(f"a gate needs 0 < limit <= goal, not goal={self.goal} and limit={self.limit}")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """An estimate with its interval at CONFIDENCE; infinite bounds where there are too few rounds for one."""
+
+    value: float
+    low: float
+    high: float
+    rounds: int
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.high):
+            return f"{self.value:.4f} ({self.rounds} rounds, too few for an interval)"
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] ({self.rounds} rounds)"
+
+
+class Verdict(enum.StrEnum):
+    """Of a gate."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict and, where it is undecided, about how many rounds more would decide it."""
+
+    verdict: Verdict
+    more_rounds: int = 0
+
+    def __str__(self) -> str:
+        if self.verdict is Verdict.UNDECIDED:
+            return f"undecided: needs about {self.more_rounds} more rounds"
+        return self.verdict.value
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Median over the rounds of ours/theirs, with the exact interval from order statistics (scipy's quantile_test).
+
+    Raises:
+        ValueError: not one positive number of each for every round, or no round.
+    """
+    ratios = _positive(ours) / _positive(theirs)
+    interval = stats.quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)
+    low, high = (float(interval.low), float(interval.high))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        low, high = -math.inf, math.inf
+    return Ratio(float(np.median(ratios)), low, high, len(ratios))
+
+
+def pooled_ratio(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], statistic: Callable[[np.ndarray], float]
+) -> Ratio:
+    """statistic(all samples of ours) / statistic(all of theirs), for what one round holds too few samples of, as a p99.
+
+    The interval is the bootstrap's (scipy's, percentiles), which draws whole rounds, of both together.
+
+    Raises:
+        ValueError: not as many rounds of both, or no round.
+    """
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"rounds come in pairs: {len(ours)} and {len(theirs)}")
+
+    def ratio(indexes: np.ndarray) -> float:
+        drawn = indexes.astype(int)
+        return float(
+            statistic(np.concatenate([np.asarray(ours[i]) for i in drawn]))
+            / statistic(np.concatenate([np.asarray(theirs[i]) for i in drawn]))
+        )
+
+    indexes = np.arange(len(ours))
+    value = ratio(indexes)
+    if len(ours) < _FEWEST:
+        return Ratio(value, -math.inf, math.inf, len(ours))
+    found = stats.bootstrap(
+        (indexes,),
+        ratio,
+        vectorized=False,
+        method="percentile",
+        confidence_level=CONFIDENCE,
+        n_resamples=_RESAMPLES,
+        rng=np.random.default_rng(0),
+    )
+    low, high = found.confidence_interval
+    return Ratio(value, float(low), float(high), len(ours))
+
+
+_FEWEST = 6
+"""Rounds for an interval at 95 %: the exact one of a median needs as many."""
+
+
+def judge(ratio: Ratio, gate: Gate) -> Judgement:
+    """Pass: the ratio reaches the goal and its interval lies above the limit. Fail: all of it lies below the goal."""
+    if ratio.rounds < _FEWEST or not math.isfinite(ratio.high):
+        return Judgement(Verdict.UNDECIDED, max(1, _FEWEST - ratio.rounds))
+    if ratio.high < gate.goal:
+        return Judgement(Verdict.FAIL)
+    if ratio.value >= gate.goal and ratio.low > gate.limit:
+        return Judgement(Verdict.PASS)
+    # An interval narrows with the square root of the rounds. It has to leave the limit or, below the goal, the goal.
+    if ratio.value >= gate.goal:
+        width, room = ratio.value - ratio.low, ratio.value - gate.limit
+    else:
+        width, room = ratio.high - ratio.value, gate.goal - ratio.value
+    needed = ratio.rounds * (width / max(room, 1e-4)) ** 2
+    return Judgement(Verdict.UNDECIDED, max(1, math.ceil(needed) - ratio.rounds))
+
+
+def _positive(values: Sequence[float]) -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or not len(array) or not (array > 0).all():
+        raise ValueError("a ratio needs one positive number a round")
+    return array

@@ -1,0 +1,60 @@
+"""What capture costs one request among others that arrive at random, at 80 % of what the engine can serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness import load
+from harness.engine import Arm, Interface
+from harness.pytest_plugin.benchmarks import Cost, Rounds
+from harness.verdict import pooled_ratio
+
+pytestmark = [pytest.mark.suite("cost"), pytest.mark.clause("C14"), pytest.mark.once]
+
+LOAD = 0.8
+"""Of the rate that the engine without the plugin serves when all requests come at once."""
+
+PERCENTILES = (50, 90, 99)
+
+
+def percentile(number: int) -> Callable[[np.ndarray], float]:
+    return lambda values: float(np.percentile(values, number))
+
+
+def test_latency_under_poisson_arrivals(
+    cost: Cost, benchmark: Any, record_property: Callable[[str, object], None]
+) -> None:
+    arms = cost.arms(Interface.ASYNC_LLM)
+    work = cost.scaled(load.DISTINCT)
+    for number, engine in enumerate(arms.values()):
+        engine.call(load.prepare, cost.subject.spec, work, 1000 + number)
+        engine.call(load.saturate)  # warms it up
+    reference = arms[Arm.ABSENT]
+    reference.call(load.prepare, cost.subject.spec, work, 1010)
+    rate = LOAD * reference.call(load.saturate)
+    rounds: Rounds[load.Latencies] = Rounds(
+        arms,
+        lambda engine, number: engine.call(load.prepare, cost.subject.spec, work, number),
+        lambda engine, number: engine.call(load.arrive, rate, number),
+    )
+    benchmark.group = "latency"
+    benchmark.pedantic(rounds.timed, setup=rounds.before, teardown=rounds.after, rounds=cost.rounds)
+    record_property("requests/s", round(rate, 2))
+    ratios = {}
+    for name in ("first_token", "between_tokens", "end_to_end"):
+        samples = {arm: [getattr(each, name) for each in found] for arm, found in rounds.samples.items()}
+        benchmark.extra_info[name] = samples
+        for number in PERCENTILES:
+            for arm in arms:
+                value = percentile(number)(np.concatenate(samples[arm]))
+                record_property(f"{arm} {name} p{number} ms", round(1000 * value, 2))
+        for arm in (Arm.IDLE, Arm.CAPTURING):
+            ratios[f"absent/{arm} {name} p99"] = pooled_ratio(samples[Arm.ABSENT], samples[arm], percentile(99))
+    for arm, found in rounds.samples.items():
+        expected = work.requests if arm == Arm.CAPTURING else 0
+        assert {each.with_embedding for each in found} == {expected}
+    cost.judge("latency", ratios, record_property)

@@ -1,0 +1,101 @@
+"""What capture costs in memory: of the CPU while embeddings live and after, over many requests, and of the GPU."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+
+import pytest
+from scipy import stats
+
+from harness import load
+from harness.engine import Arm, Engine, Interface
+from harness.engine_process import Server
+from harness.memory import cpu_bytes, gpu_bytes, watched
+from harness.pytest_plugin.benchmarks import Cost, on_gpu
+
+pytestmark = [pytest.mark.suite("cost"), pytest.mark.clause("C14"), pytest.mark.once]
+
+BATCHES = 8
+"""Of 64 requests each, on a GPU."""
+
+FACTOR = 1.1
+SLACK = 64 << 20
+"""CPU memory may grow by FACTOR times the bytes of the live embeddings, and SLACK."""
+
+
+def forget(server: Server) -> None:
+    load.drop(server)
+    gc.collect()
+
+
+def settled(engine: Engine) -> int:
+    """Memory when nothing runs and nothing is kept."""
+    engine.call(forget)
+    time.sleep(1.0)  # longer than the store's thread needs to give memory back
+    return cpu_bytes(engine.pid)
+
+
+def test_cpu_memory(cost: Cost, record_property: Callable[[str, object], None]) -> None:
+    # What the store keeps for later requests is under a cap of its own, mm_embedding_cache_gb.
+    arms = cost.arms(Interface.LLM, mm_embedding_cache_gb=0.0)
+    work = cost.scaled(load.DISTINCT)
+    grown, left, live = {}, {}, 0
+    for arm in (Arm.ABSENT, Arm.CAPTURING):
+        engine = arms[arm]
+        engine.call(load.prepare, cost.subject.spec, work, 0)
+        engine.call(load.run)
+        before = settled(engine)
+        with watched(engine.pid) as watch:
+            for batch in range(1, 1 + BATCHES):
+                engine.call(load.prepare, cost.subject.spec, work, batch)
+                live += engine.call(load.run, True).nbytes
+            time.sleep(1.0)
+            grown[arm] = cpu_bytes(engine.pid) - before
+        left[arm] = settled(engine) - before
+        for name, value in (("grown", grown[arm]), ("peak", watch.peak - before), ("after drain", left[arm])):
+            record_property(f"{arm} {name} MB", round(value / 1e6, 1))
+    record_property("live embeddings MB", round(live / 1e6, 1))
+    assert live > 0
+    held = grown[Arm.CAPTURING] - grown[Arm.ABSENT]
+    assert held <= FACTOR * live + SLACK, f"{held / 1e6:.0f} MB for {live / 1e6:.0f} MB of embeddings"
+    kept = left[Arm.CAPTURING] - left[Arm.ABSENT]
+    assert kept <= SLACK, f"{kept / 1e6:.0f} MB are held after everything was dropped"
+
+
+def test_cpu_memory_does_not_grow_with_the_requests(cost: Cost, record_property: Callable[[str, object], None]) -> None:
+    engine = cost.arms(Interface.LLM, mm_embedding_cache_gb=0.0)[Arm.CAPTURING]
+    work = cost.scaled(load.DISTINCT)
+    requests, held, nbytes = [], [], 0
+    for batch in range(BATCHES):
+        engine.call(load.prepare, cost.subject.spec, work, 100 + batch)
+        nbytes = engine.call(load.run).nbytes
+        requests.append(work.requests * batch)
+        held.append(settled(engine))
+    slope = stats.linregress(requests[1:], held[1:])  # the first batch fills the allocators' pools
+    record_property("bytes a request", round(slope.slope))
+    one = nbytes / work.requests
+    assert slope.slope <= 0.1 * one + 2 * slope.stderr, f"{slope.slope:.0f} of {one:.0f} bytes stay of each request"
+
+
+def test_start_up_and_gpu_memory(cost: Cost, record_property: Callable[[str, object], None]) -> None:
+    arms = cost.arms(Interface.LLM)
+    work = cost.scaled(load.DISTINCT)
+    used = {}
+    for arm, engine in arms.items():
+        assert engine.start_seconds is not None
+        record_property(f"{arm} start s", round(engine.start_seconds, 1))
+        engine.call(load.prepare, cost.subject.spec, work, 200)
+        engine.call(load.run)
+        used[arm] = gpu_bytes(engine.pid)
+        engine.call(forget)
+    if not on_gpu():
+        return
+    found = {arm: nbytes for arm, nbytes in used.items() if nbytes is not None}
+    if len(found) < len(used):
+        pytest.skip("nvidia-smi does not tell the memory of single processes here")
+    for arm, nbytes in found.items():
+        record_property(f"{arm} GPU MB", round(nbytes / 1e6))
+    # Below what a handful of the allocator's smallest segments (2 MiB) hold.
+    assert found[Arm.CAPTURING] - found[Arm.ABSENT] <= 32 << 20
