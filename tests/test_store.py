@@ -37,7 +37,7 @@ class Engine:
     def __init__(
         self, capacity_bytes: int = 16 * PAGE, cache_bytes: int = 16 * PAGE, lease_seconds: float = 60
     ) -> None:
-        self.arena = Arena(capacity_bytes, SEGMENT, lease_seconds)
+        self.arena = Arena(capacity_bytes, SEGMENT, lease_seconds, retain_seconds=0.0)
         self.store = EmbeddingStore(self.arena, cache_bytes)
         self.writer = Writer(self.arena.address)
 

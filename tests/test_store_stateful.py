@@ -104,7 +104,7 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize(cache_bytes=st.sampled_from([0, 1000, 3000, CAPACITY]))
     def start(self, cache_bytes: int) -> None:
         self.cache_bytes = cache_bytes
-        self.arena = Arena(CAPACITY, segment_bytes=4096, lease_seconds=LEASE_SECONDS)
+        self.arena = Arena(CAPACITY, segment_bytes=4096, lease_seconds=LEASE_SECONDS, retain_seconds=0.0)
         self.store = StoreWithoutThread(self.arena, cache_bytes)
         self.writer = Writer(self.arena.address)
 
@@ -331,6 +331,7 @@ class StoreMachine(RuleBasedStateMachine):
         stats = self.store.stats()
         assert stats.held_bytes == stats.cached_bytes
         self.store.reset()
+        self.store.reap()
         stats = self.store.stats()
         assert (stats.held_bytes, stats.cached_bytes, stats.items, stats.leases, stats.requests) == (0, 0, 0, 0, 0)
         assert stats.mapped_bytes <= 4096

@@ -67,7 +67,7 @@ def lease_of(arena: Arena, *blocks: Block, dtype: str = "float32") -> tuple[Leas
 
 @pytest.fixture
 def arena() -> Iterator[Arena]:
-    arena = Arena(16 * PAGE, segment_bytes=PAGE)
+    arena = Arena(16 * PAGE, segment_bytes=PAGE, retain_seconds=0.0)
     yield arena
     arena.close()
 
@@ -104,6 +104,7 @@ def test_a_block_larger_than_a_segment_gets_its_own(arena: Arena) -> None:
     assert block.offset == 0
     assert arena.mapped_bytes == 5 * PAGE
     arena.free(block)
+    arena.trim()
     assert arena.mapped_bytes == PAGE, "a segment of unusual size is not kept as a spare"
     assert arena.take_given_back() == [block.segment]
     assert arena.take_given_back() == []
@@ -124,8 +125,49 @@ def test_one_spare_segment_is_kept(arena: Arena) -> None:
     blocks = [allocate(arena, PAGE - HEADER_BYTES) for _ in range(4)]
     for block in blocks:
         arena.free(block)
+    assert not arena.trim()
     assert arena.mapped_bytes == PAGE
     assert arena.take_given_back() == [block.segment for block in blocks[1:]]
+
+
+def test_empty_segments_are_kept_for_a_while_and_used_again() -> None:
+    arena = Arena(16 * PAGE, segment_bytes=PAGE, retain_seconds=0.1)
+    blocks = [allocate(arena, PAGE - HEADER_BYTES) for _ in range(4)]
+    made = arena.take_made()
+    assert made == [block.segment for block in blocks]
+    for block in blocks:
+        arena.free(block)
+    assert arena.trim(), "there is more to come"
+    assert arena.mapped_bytes == 4 * PAGE
+    again = [allocate(arena, PAGE - HEADER_BYTES) for _ in range(4)]
+    assert [block.segment for block in again] == made
+    assert arena.take_made() == arena.take_given_back() == []
+    for block in again:
+        arena.free(block)
+    time.sleep(0.12)
+    assert not arena.trim()
+    assert arena.mapped_bytes == PAGE
+    arena.close()
+
+
+def test_a_segment_that_is_given_back_at_once_is_not_announced(arena: Arena) -> None:
+    arena.free(allocate(arena, 8 * PAGE))
+    arena.trim()
+    assert arena.take_made() == []
+
+
+def test_the_writer_prepares_what_it_will_write_to(arena: Arena, writer: Writer) -> None:
+    block = allocate(arena, 8 * PAGE)
+    before = mappings()
+    writer.prepare(arena.take_made())
+    assert mappings() == before + 1
+    writer.write(block, torch.ones(8 * PAGE, dtype=torch.uint8))
+    assert mappings() == before + 1
+    gone = allocate(arena, 6 * PAGE)
+    made = arena.take_made()
+    arena.free(gone)
+    arena.trim()
+    writer.prepare(made)  # given back meanwhile: nothing happens
 
 
 def test_only_fragments_let_the_mapped_bytes_exceed_the_cap() -> None:
@@ -162,7 +204,7 @@ def test_sizes_must_be_positive() -> None:
 @given(st.lists(st.one_of(st.integers(0, 2 * PAGE), st.tuples(st.integers(0, 99))), max_size=60))
 def test_blocks_are_disjoint_and_accounted_for(steps: list[int | tuple[int]]) -> None:
     """An integer allocates so many bytes, a tuple frees a block of that index."""
-    arena = Arena(8 * PAGE, segment_bytes=PAGE)
+    arena = Arena(8 * PAGE, segment_bytes=PAGE, retain_seconds=0.0)
     try:
         blocks: list[Block] = []
         for step in steps:
@@ -184,6 +226,7 @@ def test_blocks_are_disjoint_and_accounted_for(steps: list[int | tuple[int]]) ->
         for block in blocks:
             arena.free(block)
         assert arena.held_bytes == 0
+        arena.trim()
         assert arena.mapped_bytes <= PAGE
     finally:
         arena.close()
@@ -518,6 +561,7 @@ def test_memory_is_given_back_although_the_writer_maps_it(arena: Arena, writer: 
     writer.write(block, torch.ones(8 * PAGE, dtype=torch.uint8))
     assert pages_of(ours) == 9 * PAGE
     arena.free(block)
+    arena.trim()
     assert pages_of(ours) == 0
     writer.write(block, torch.ones(8 * PAGE, dtype=torch.uint8))  # a late copy: no signal
     writer.drop(arena.take_given_back())
@@ -539,6 +583,7 @@ def test_the_writer_unmaps_what_it_drops_and_the_reader_maps_nothing(arena: Aren
     kept = read(arena.handle(lease, [Span(block, 1, 8 * PAGE, "uint8")]))
     assert mappings() == before + 1
     arena.free(block)
+    arena.trim()
     writer.drop(arena.take_given_back())
     assert mappings() == before
     assert kept.sum() == 8 * PAGE
@@ -572,6 +617,7 @@ def test_no_file_appears(arena: Arena, writer: Writer) -> None:
 def test_a_late_copy_does_not_reach_a_file_with_the_segments_old_number(arena: Arena, tmp_path: Path) -> None:
     block = allocate(arena, 8 * PAGE)
     arena.free(block)
+    arena.trim()
     file = tmp_path / "foreign"
     file.write_bytes(bytes(10 * PAGE))
     with file.open("r+b") as opened:
@@ -583,6 +629,7 @@ def test_a_late_copy_does_not_reach_a_file_with_the_segments_old_number(arena: A
 def test_a_late_copy_does_not_reach_the_next_segment_of_that_number(arena: Arena) -> None:
     old = allocate(arena, 8 * PAGE)
     arena.free(old)
+    arena.trim()
     new = allocate(arena, 8 * PAGE)
     assert new.segment.fd == old.segment.fd
     writer = Writer(arena.address)
@@ -595,6 +642,7 @@ def test_a_writer_that_maps_a_segment_does_not_confuse_it_with_the_next_of_its_n
     old = allocate(arena, 8 * PAGE)
     writer.write(old, torch.ones(8 * PAGE, dtype=torch.uint8))
     arena.free(old)
+    arena.trim()
     new = allocate(arena, 8 * PAGE)
     assert new.segment.fd == old.segment.fd
     writer.write(new, torch.full((8 * PAGE,), 2, dtype=torch.uint8))

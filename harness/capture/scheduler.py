@@ -34,11 +34,13 @@ class StepPlan(ECConnectorMetadata):
     Attributes:
         owner: of the memory.
         copies: items to copy and where to.
+        prepare: segments that the owner made.
         drop: segments that the owner gave back.
     """
 
     owner: Address
     copies: list[tuple[Item, Block]]
+    prepare: list[SegmentId]
     drop: list[SegmentId]
 
 
@@ -200,7 +202,7 @@ class SchedulerCapture:
                     block = self.store.dispatch(request_id, item)
                     if block is not None:
                         copies.append((item, block))
-        return StepPlan(self._arena.address, copies, self.store.take_given_back())
+        return StepPlan(self._arena.address, copies, self.store.take_made(), self.store.take_given_back())
 
     def request_finished(self, request_id: str) -> None:
         """Lets go of the request's embeddings; within a step after its outputs were delivered."""

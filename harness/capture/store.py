@@ -79,7 +79,7 @@ class _Entry:
 
 
 class EmbeddingStore:
-    """Thread-safe: a small thread reaps leases while there are any, so that an idle engine gives its memory back too.
+    """Thread-safe: a small thread reaps leases and empty segments, so that an idle engine gives its memory back too.
 
     Args:
         arena: used by this store alone from now on.
@@ -203,9 +203,10 @@ class EmbeddingStore:
             self._release(request_id)
 
     def reap(self) -> None:
-        """Ends the leases that are done or expired, as the store's thread does every few milliseconds."""
+        """Ends the leases that are done or expired and gives memory back, as the store's thread does all the time."""
         with self._lock:
             self._reap()
+            self._arena.trim()
 
     def reset(self) -> None:
         """Forgets all items, because the weights changed. What requests and leases hold stays theirs alone."""
@@ -213,6 +214,11 @@ class EmbeddingStore:
             self._index.clear()
             while self._cached:
                 self._free(self._pop_cached(next(iter(self._cached))))
+
+    def take_made(self) -> list[SegmentId]:
+        """The segments that the arena made since the last call: send them to Writer.prepare with the next step."""
+        with self._lock:
+            return self._arena.take_made()
 
     def take_given_back(self) -> list[SegmentId]:
         """The segments that the arena gave back since the last call: send them to Writer.drop with the next step."""
@@ -308,6 +314,7 @@ class EmbeddingStore:
     def _free(self, entry: _Entry) -> None:
         self._num_entries -= 1
         self._arena.free(entry.block)
+        self._start_reaper()
 
     def _forget_if_failed(self, item: Item) -> None:
         # The worker sends no message back, but its stamp is there to read.
@@ -333,7 +340,7 @@ class EmbeddingStore:
         self._expired += len(expired)
 
     def _start_reaper(self) -> None:
-        if self._reaper is None:
+        if self._reaper is None and not self._closed.is_set():
             self._reaper = threading.Thread(target=self._keep_reaping, name="mm-embedding-reaper", daemon=True)
             self._reaper.start()
 
@@ -343,6 +350,6 @@ class EmbeddingStore:
                 if self._closed.is_set():
                     return
                 self._reap()
-                if not self._leases:
+                if not self._arena.trim() and not self._leases:
                     self._reaper = None
                     return

@@ -15,12 +15,14 @@ generations start at a random number, so that no data looks like a stamp.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -146,6 +148,7 @@ class _Segment:
         self.id = _memfd("vllm-mm-embedding", nbytes)
         self.nbytes = nbytes
         self.free = [(0, nbytes)]
+        self.empty_since = 0.0  # time.monotonic, while it is empty
 
     @property
     def is_empty(self) -> bool:
@@ -182,16 +185,26 @@ class Arena:
         capacity_bytes: cap of the blocks' footprints together.
         segment_bytes: size of a segment; a larger block gets a segment of its own.
         lease_seconds: a lease that is not done by then has expired (its reader died).
+        retain_seconds: how long a segment without blocks is kept. The writer's device needs some 0.5 ms a MiB to get
+            used to a new one, so that a load that comes and goes must not make and drop them all the time.
     """
 
-    def __init__(self, capacity_bytes: int, segment_bytes: int = 64 << 20, lease_seconds: float = 120.0) -> None:
-        if capacity_bytes <= 0 or segment_bytes <= 0 or lease_seconds <= 0:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        segment_bytes: int = 32 << 20,
+        lease_seconds: float = 120.0,
+        retain_seconds: float = 2.0,
+    ) -> None:
+        if capacity_bytes <= 0 or segment_bytes <= 0 or lease_seconds <= 0 or retain_seconds < 0:
             raise ValueError("capacity_bytes, segment_bytes and lease_seconds must be positive")
         self.capacity_bytes = capacity_bytes
         self._segment_bytes = _round_up(segment_bytes, mmap.PAGESIZE)
         self._lease_seconds = lease_seconds
+        self._retain_seconds = retain_seconds
         self._segments: dict[SegmentId, _Segment] = {}  # oldest first: filled first, so that the newest drain
         self._blocks: dict[int, Block] = {}
+        self._made: list[SegmentId] = []
         self._given_back: list[SegmentId] = []
         self._next_generation = 1 + secrets.randbits(61)
         self._leases: dict[int, Lease] = {}
@@ -222,14 +235,16 @@ class Arena:
             if (offset := segment.take(needed)) is not None:
                 break
         else:
-            spare = next((segment for segment in self._segments.values() if segment.is_empty), None)
-            if spare is not None:  # too small for this block
-                self._give_back(spare)
+            size = _round_up(max(needed, self._segment_bytes), mmap.PAGESIZE)
+            for segment in self._empty():  # too small for this block
+                if self.mapped_bytes + size > self.capacity_bytes:
+                    self._give_back(segment)
             room = self.capacity_bytes - self.mapped_bytes
             if needed > room and not fragmented:
                 return None
-            segment = _Segment(_round_up(max(needed, min(self._segment_bytes, room)), mmap.PAGESIZE))
+            segment = _Segment(_round_up(max(needed, min(size, room)), mmap.PAGESIZE))
             self._segments[segment.id] = segment
+            self._made.append(segment.id)
             offset = segment.take(needed)
             assert offset is not None
         block = Block(segment.id, offset, nbytes, self._generation())
@@ -238,7 +253,7 @@ class Arena:
         return block
 
     def free(self, block: Block) -> None:
-        """Takes a block back; at most one segment that holds no block is kept for later.
+        """Takes a block back; trim() gives back the segments that hold none.
 
         An older copy to these bytes may still be queued on the writer's stream when they get a new block. The copies of
         one writer run in order and each stamp follows its data, so that whoever waits for the new generation's stamp
@@ -251,13 +266,28 @@ class Arena:
         segment.give(block.offset, block.offset + needed)
         self.held_bytes -= needed
         if segment.is_empty:
-            spares = sum(other.is_empty for other in self._segments.values()) - 1
-            if spares or segment.nbytes > self._segment_bytes or self.mapped_bytes > self.capacity_bytes:
+            segment.empty_since = time.monotonic()
+            if self.mapped_bytes > self.capacity_bytes:
                 self._give_back(segment)
+
+    def trim(self) -> bool:
+        """Gives back what was empty for `retain_seconds`, up to one segment; whether there is more to come."""
+        empty = sorted(self._empty(), key=lambda segment: segment.nbytes)
+        others = empty if empty and empty[0].nbytes > self._segment_bytes else empty[1:]
+        due = time.monotonic() - self._retain_seconds
+        for segment in others:
+            if segment.empty_since <= due:
+                self._give_back(segment)
+        return any(segment.empty_since > due for segment in others)
 
     def failed(self, block: Block) -> bool:
         """Whether the writer stamped that it has no data for this block."""
         return _read_word(block.segment.fd, block.offset) == block.generation | _FAILED
+
+    def take_made(self) -> list[SegmentId]:
+        """The segments made since the last call and still there, for Writer.prepare."""
+        made, self._made = [segment for segment in self._made if segment in self._segments], []
+        return made
 
     def take_given_back(self) -> list[SegmentId]:
         """The segments given back since the last call, for Writer.drop."""
@@ -324,6 +354,9 @@ class Arena:
         self._next_generation += 1
         return self._next_generation
 
+    def _empty(self) -> list[_Segment]:
+        return [segment for segment in self._segments.values() if segment.is_empty]
+
     def _give_back(self, segment: _Segment) -> None:
         del self._segments[segment.id]
         self._given_back.append(segment.id)
@@ -382,6 +415,7 @@ def _owner_gone(address: Address) -> BlockGone:
 class _Copy(NamedTuple):
     """One step of a batch: bytes of `source` to `data` if there is a source, then `stamp` to `header`."""
 
+    pages: Tensor  # of the segment
     data: Tensor  # uint8, (nbytes,)
     header: Tensor  # int64, (1,)
     stamp: int
@@ -394,6 +428,8 @@ class _Copier(Protocol):
     def detach(self, pages: Tensor) -> None: ...
 
     def copy(self, batch: Sequence[_Copy]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def _as(data: Tensor, source: Tensor) -> Tensor:
@@ -410,34 +446,51 @@ class _HostCopier:
         pass
 
     def copy(self, batch: Sequence[_Copy]) -> None:
-        for data, header, stamp, source in batch:
+        for _pages, data, header, stamp, source in batch:
             if source is not None:
                 _as(data, source).copy_(source)
             header.fill_(stamp)
 
+    def close(self) -> None:
+        pass
+
 
 class _CudaCopier:
-    """Copies on a side stream into registered (page-locked) memory; never waits for the device."""
+    """Copies on a side stream into registered (page-locked) memory; never waits for the device.
+
+    A thread registers the memory: that takes 0.5 ms a MiB, most of it for the kernel to find pages, and torch's own
+    binding would hold the interpreter meanwhile.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._detached: list[tuple[torch.cuda.Event, Tensor]] = []
+        self._thread = ThreadPoolExecutor(1, "mm-embedding-pages", initializer=self._use_device)
+        self._registered: dict[int, Future[None]] = {}  # by address
+
+    def _use_device(self) -> None:
+        torch.cuda.set_device(self._device)
+        torch.cuda.current_stream().query()  # makes the device's context current in this thread, for the driver's calls
 
     def attach(self, pages: Tensor) -> None:
-        result = torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0)
-        if result.value != 0:
-            raise TransportError(f"cudaHostRegister of {pages.nbytes} bytes failed ({result}): lower the capture's cap")
+        self._registered[pages.data_ptr()] = self._thread.submit(_register, pages)
 
     def detach(self, pages: Tensor) -> None:
-        self._detached.append((self._stream.record_event(), pages))
-        self._unregister_idle()
+        registered = self._registered.pop(pages.data_ptr())
+        self._thread.submit(self._unregister, registered, self._stream.record_event(), pages)
+
+    @staticmethod
+    def _unregister(registered: Future[None], idle: torch.cuda.Event, pages: Tensor) -> None:
+        registered.result()
+        idle.synchronize()
+        _cuda("cuMemHostUnregister", ctypes.c_void_p(pages.data_ptr()))
 
     def copy(self, batch: Sequence[_Copy]) -> None:
-        self._unregister_idle()
+        for pages in {copy.pages.data_ptr() for copy in batch}:
+            self._registered[pages].result()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            for data, header, stamp, source in batch:
+            for _pages, data, header, stamp, source in batch:
                 if source is not None:
                     source = source.to(self._device, non_blocking=True)
                     source.record_stream(self._stream)
@@ -447,14 +500,29 @@ class _CudaCopier:
                 value = torch.full((1,), stamp, dtype=torch.int64, device=self._device)
                 header.copy_(value, non_blocking=True)
 
-    def _unregister_idle(self) -> None:
-        waiting = []
-        for event, pages in self._detached:
-            if event.query():
-                torch.cuda.cudart().cudaHostUnregister(pages.data_ptr())
-            else:
-                waiting.append((event, pages))
-        self._detached = waiting
+    def close(self) -> None:
+        self._thread.shutdown()
+
+
+def _register(pages: Tensor) -> None:
+    address = ctypes.c_void_p(pages.data_ptr())
+    nbytes = ctypes.c_size_t(pages.nbytes)
+    # Without pages the driver finds them one by one, and holds a lock of its own meanwhile. Fails on old kernels, which
+    # does not matter.
+    ctypes.CDLL(None).madvise(address, nbytes, _MADV_POPULATE_WRITE)
+    if (error := _cuda("cuMemHostRegister_v2", address, nbytes, 0)) != 0:
+        raise TransportError(
+            f"the GPU's driver cannot register {pages.nbytes} bytes (CUDA error {error}): lower the cap"
+        )
+
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
+
+
+def _cuda(function: str, *arguments: Any) -> int:
+    """Calls the driver without the interpreter's lock, which torch.cuda.cudart() holds."""
+    result: int = getattr(ctypes.CDLL("libcuda.so.1"), function)(*arguments)
+    return result
 
 
 class Writer:
@@ -493,12 +561,18 @@ class Writer:
         for block, tensor in copies:
             if tensor.nbytes != block.nbytes:
                 raise ValueError(f"a tensor of {tensor.nbytes} bytes does not fill a block of {block.nbytes}")
-            batch += self._prepare(block, block.generation, tensor.detach())
+            batch += self._stamped(block, block.generation, tensor.detach())
         self._copier.copy(batch)
 
     def fail(self, block: Block) -> None:
         """Stamps that there is no data for the block: its reader gets CaptureFailed."""
-        self._copier.copy(self._prepare(block, block.generation | _FAILED, None))
+        self._copier.copy(self._stamped(block, block.generation | _FAILED, None))
+
+    def prepare(self, segments: Iterable[SegmentId]) -> None:
+        """Maps segments before their first use, which on CUDA goes on in a thread."""
+        for segment in segments:
+            with suppress(BlockGone):
+                self._pages(segment)
 
     def drop(self, segments: Iterable[SegmentId]) -> None:
         """Unmaps segments that the owner gave back, after the copies that are under way."""
@@ -509,14 +583,16 @@ class Writer:
     def close(self) -> None:
         """Unmaps everything."""
         self.drop(list(self._segments))
+        self._copier.close()
 
-    def _prepare(self, block: Block, stamp: int, source: Tensor | None) -> list[_Copy]:
+    def _stamped(self, block: Block, stamp: int, source: Tensor | None) -> list[_Copy]:
         try:
             data = self.view(block)
         except BlockGone:
             return []
-        header = self._pages(block.segment)[block.offset : block.offset + _WORD].view(torch.int64)
-        return [_Copy(data, header, stamp, source)]
+        pages = self._pages(block.segment)
+        header = pages[block.offset : block.offset + _WORD].view(torch.int64)
+        return [_Copy(pages, data, header, stamp, source)]
 
     def _pages(self, segment: SegmentId) -> Tensor:
         if (pages := self._segments.get(segment)) is None:

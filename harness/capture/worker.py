@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.distributed.parallel_state import get_pcp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from harness.capture.store import Item
 from harness.capture.transport import Address, Block, Writer
@@ -33,12 +34,12 @@ class WorkerCapture:
         An item that is not there, or has another shape than planned, is stamped as failed: its requests end with an
         error. Raising would hide the encoder's own error, which is the likely reason.
         """
-        if not (plan.copies or plan.drop) or not _is_first_rank():
+        if not (plan.copies or plan.prepare or plan.drop) or not _is_first_rank():
             return
-        device = next(iter(encoder_cache.values())).device if encoder_cache else torch.device("cpu")
         writer = self._writers.get(plan.owner)
         if writer is None:
-            writer = self._writers[plan.owner] = Writer(plan.owner, device)
+            writer = self._writers[plan.owner] = Writer(plan.owner, _device())
+        writer.prepare(plan.prepare)
         copies: list[tuple[Block, Tensor]] = []
         for item, block in plan.copies:
             rows = _rows(item, encoder_cache.get(item.identifier))
@@ -68,6 +69,11 @@ def _rows(item: Item, output: Tensor | None) -> Tensor | None:
         # which is what the language model adds there.
         output = torch.nn.functional.pad(output, (0, item.width - width))
     return output[:, : item.width].to(getattr(torch, item.dtype)).contiguous()
+
+
+def _device() -> torch.device:
+    kind = current_platform.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def _is_first_rank() -> bool:
