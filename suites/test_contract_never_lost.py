@@ -137,6 +137,32 @@ def test_eviction_from_the_encoder_cache_and_encoding_again(subject: Subject) ->
 
 
 @pytest.mark.once
+def test_an_evicted_item_is_loaded_instead_of_encoded_where_that_is_asked_for(subject: Subject) -> None:
+    params = {"max_tokens": 6, "logprobs": 0, "ignore_eos": True}
+    media = [image(seed, 224, 224) for seed in range(301, 306)]
+    # With neither the prefix cache nor the processor's, vLLM gives an item another name in each request. The prompts
+    # are shorter than a block, so that the prefix cache has none of them.
+    encoding = chunking(subject)
+    loading = subject.engine(max_num_batched_tokens=CHUNK, enable_mm_embedding_reuse=True)
+    for item in media:
+        rows(subject, loading, item)
+    levels = {"return_mm_embedding_levels": True}
+    request = subject.request("again", media[0], "and", media[1], extra_args=levels, **params)
+    [[truth]], trace = run(encoding, request)
+    assert sum(trace.encoded) == 2, "the truth was not encoded"
+    reused = loading.call(capture_stats)["reused"]
+    [[loaded]], trace = run(loading, request)
+    assert loaded.num_cached_tokens == 0
+    assert sum(trace.encoded) == 0, "the encoder ran all the same"
+    assert loading.call(capture_stats)["reused"] == reused + 2
+    assert (loaded.token_ids, loaded.logprobs) == (truth.token_ids, truth.logprobs)
+    assert_same(loaded, *embedding(truth).chunk(2))
+    assert loaded.mm_embedding_levels is not None
+    assert truth.mm_embedding_levels is not None
+    assert torch.equal(loaded.mm_embedding_levels, truth.mm_embedding_levels)
+
+
+@pytest.mark.once
 def test_preemption(subject: Subject, record_property: Callable[[str, object], None]) -> None:
     engine = subject.engine(
         num_gpu_blocks_override=7,

@@ -1,4 +1,4 @@
-"""The edge to vLLM: an encoder-cache connector that loads and saves nothing and captures what passes by.
+"""The edge to vLLM: an encoder-cache connector that captures what passes by, and may load it again.
 
 vLLM makes one for the scheduler and one for each worker. It is used as a consumer: a producer's language model is
 turned off, and `ec_both` runs a dummy encode at start-up.
@@ -44,22 +44,26 @@ class MMEmbeddingConnector(ECConnectorBase):
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
         self._encoder_cache = encoder_cache
+        self.capture.load(self._plan(), encoder_cache)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
         pass  # called for new items only; the step's end sees all that the step uses
 
     def build_connector_worker_meta(self) -> None:
+        self.capture.copy(self._plan(), self._encoder_cache)
+
+    def _plan(self) -> StepPlan:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepPlan)
-        self.capture.copy(metadata, self._encoder_cache)
+        return metadata
 
     # Scheduler.
 
     def has_cache_item(self, identifier: str) -> bool:
-        return False
+        return bool(self.capture.has(identifier))
 
     def update_state_after_alloc(self, request: Request, index: int) -> None:
-        pass
+        self.capture.allocated(request.mm_features[index].identifier)
 
     def ensure_cache_available(self, request: Request, num_computed_tokens: int) -> bool:
         self._requests[request.request_id] = request

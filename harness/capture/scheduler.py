@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata
 from vllm.logger import init_logger
 
 from harness.capture.settings import CaptureSettings, RequestOptions
-from harness.capture.store import EmbeddingStore, Item, ItemTooLarge
+from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, Loan
 from harness.capture.transport import Address, Arena, Block, SegmentId
 
 if TYPE_CHECKING:
@@ -34,12 +35,16 @@ class StepPlan(ECConnectorMetadata):
     Attributes:
         owner: of the memory.
         copies: items to copy and where to.
+        loads: kept items to put into the encoder cache, and where they are.
+        whole: the copies are to be loaded again, so that they must be all of the encoder's output.
         prepare: segments that the owner made.
         drop: segments that the owner gave back.
     """
 
     owner: Address
     copies: list[tuple[Item, Block]]
+    loads: list[tuple[Item, Block]]
+    whole: bool
     prepare: list[SegmentId]
     drop: list[SegmentId]
 
@@ -59,6 +64,7 @@ class _Capture:
 
     items: list[Item]  # in prompt order
     features: list[MultiModalFeatureSpec]  # likewise
+    levels: bool = False
     delivered: bool = False
 
 
@@ -91,6 +97,9 @@ class SchedulerCapture:
     _captures: dict[str, _Capture] = field(default_factory=dict)
     _failures: dict[str, str] = field(default_factory=dict)
     _ended: list[str] | None = None
+    _asked: dict[str, Item] = field(default_factory=dict)  # items of the request that is being scheduled
+    _loans: list[Loan] = field(default_factory=list)  # of the step that is being scheduled
+    _loans_of_steps: deque[list[Loan]] = field(default_factory=deque)  # of those under way
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> SchedulerCapture:
@@ -131,6 +140,7 @@ class SchedulerCapture:
             capture = self._start(request)
             if capture is None:
                 return False
+        self._asked = self._loadable(capture)
         if capture.delivered:
             return True
         pending = self.store.pending(request.request_id)
@@ -156,9 +166,10 @@ class SchedulerCapture:
         if not features:
             capture = _Capture([], [], delivered=True)
         else:
-            width = self.hidden_size * (1 + self.num_levels if options.levels else 1)
+            packed = options.levels or self.settings.reuse
+            width = self.hidden_size * (1 + self.num_levels if packed else 1)
             items = [
-                Item(feature.identifier, options.levels, feature.mm_position.get_num_embeds(), width, self.dtype)
+                Item(feature.identifier, packed, feature.mm_position.get_num_embeds(), width, self.dtype)
                 for feature in features
             ]
             if request.resumable:
@@ -174,7 +185,7 @@ class SchedulerCapture:
             except ItemTooLarge as error:
                 self._fail(request, f"{error} (mm_embedding_memory_gb)")
                 return None
-            capture = _Capture(items, features)
+            capture = _Capture(items, features, options.levels)
         self._captures[request.request_id] = capture
         return capture
 
@@ -202,7 +213,30 @@ class SchedulerCapture:
                     block = self.store.dispatch(request_id, item)
                     if block is not None:
                         copies.append((item, block))
-        return StepPlan(self._arena.address, copies, self.store.take_made(), self.store.take_given_back())
+        loads = [(loan.item, loan.block) for loan in self._loans]
+        self._loans_of_steps.append(self._loans)
+        self._loans = []
+        made, given_back = self.store.take_made(), self.store.take_given_back()
+        return StepPlan(self._arena.address, copies, loads, self.settings.reuse, made, given_back)
+
+    def _loadable(self, capture: _Capture) -> dict[str, Item]:
+        if not self.settings.reuse:
+            return {}
+        # Beside deepstack levels, what has none (audio) is kept with zeros in their place, and is not what was encoded.
+        return {
+            item.identifier: item
+            for item, feature in zip(capture.items, capture.features, strict=True)
+            if not self.num_levels or feature.modality in ("image", "video")
+        }
+
+    def has(self, identifier: str) -> bool:
+        """Whether an item of the request that `admit` was asked about last can be loaded instead of encoded."""
+        return (item := self._asked.get(identifier)) is not None and self.store.has(item)
+
+    def allocated(self, identifier: str) -> None:
+        """The encoder cache has room for the item, which this step encodes, or loads if the store has it."""
+        if self.has(identifier) and (loan := self.store.lend(self._asked[identifier])) is not None:
+            self._loans.append(loan)
 
     def request_finished(self, request_id: str) -> None:
         """Lets go of the request's embeddings; within a step after its outputs were delivered."""
@@ -225,6 +259,8 @@ class SchedulerCapture:
         for client_outputs in outputs:
             for output in client_outputs.outputs:
                 self._deliver(output)
+        for loan in self._loans_of_steps.popleft():
+            self.store.end_loan(loan)
         ended, self._ended = self._ended or [], None
         for request_id in ended:
             self.request_finished(request_id)
@@ -250,7 +286,7 @@ class SchedulerCapture:
                         [feature.modality, item.num_rows, item.identifier]
                         for item, feature in zip(capture.items, capture.features, strict=True)
                     ],
-                    "levels": capture.items[0].levels,
+                    "levels": capture.levels,
                 }
         output.ec_transfer_params = {**(output.ec_transfer_params or {}), DELIVERY: delivery}
 

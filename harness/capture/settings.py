@@ -1,4 +1,4 @@
-"""What a user can set: three engine options and two keys of a request."""
+"""What a user can set: four engine options and two keys of a request."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ OPTIONS = (
         4.0,
         "GiB of CPU memory for all captured embeddings, the kept ones included. At the cap, requests wait.",
     ),
+    Option(
+        "enable_mm_embedding_reuse",
+        False,
+        "Load an item that left the GPU's encoder cache from the kept embeddings instead of encoding it again. They "
+        "are kept with the deepstack levels then, which the language model needs.",
+    ),
 )
 
 
@@ -60,11 +66,13 @@ class CaptureSettings:
         enabled: whether the engine captures.
         cache_bytes: cap of the embeddings that are kept for re-use.
         memory_bytes: cap of all captured embeddings.
+        reuse: whether kept embeddings are loaded into the GPU's encoder cache.
     """
 
     enabled: bool
     cache_bytes: int
     memory_bytes: int
+    reuse: bool = False
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> CaptureSettings:
@@ -75,8 +83,13 @@ class CaptureSettings:
         """
         model_config = vllm_config.model_config
         options = getattr(model_config, "multimodal_config", None)
-        enabled, cache_gb, memory_gb = (getattr(options, option.name, option.default) for option in OPTIONS)
+        enabled, cache_gb, memory_gb, reuse = (getattr(options, option.name, option.default) for option in OPTIONS)
         if not enabled:
+            if reuse:
+                raise ValueError(
+                    "enable_mm_embedding_reuse loads what was captured: set enable_return_mm_embedding too, or leave "
+                    "it out."
+                )
             return cls(False, 0, 0)
         if cache_gb < 0:
             raise ValueError(f"mm_embedding_cache_gb is {cache_gb}: give 0 (keep none) or more.")
@@ -84,7 +97,12 @@ class CaptureSettings:
             raise ValueError(f"mm_embedding_memory_gb is {memory_gb}: give more than 0.")
         if reason := cannot_capture(vllm_config):
             raise ValueError(f"enable_return_mm_embedding is not possible here: {reason}.")
-        return cls(True, int(cache_gb * 2**30), int(memory_gb * 2**30))
+        if reuse and getattr(options, "video_pruning_rate", None):
+            raise ValueError(
+                "enable_mm_embedding_reuse is not possible here: video_pruning_rate packs positions behind the "
+                "embeddings, which are not kept; leave one of the two out."
+            )
+        return cls(True, int(cache_gb * 2**30), int(memory_gb * 2**30), bool(reuse))
 
 
 def cannot_capture(vllm_config: VllmConfig) -> str | None:

@@ -59,6 +59,7 @@ class Stats:
     leases: int
 
     captured: int
+    reused: int
     hits: int
     misses: int
     evictions: int
@@ -66,12 +67,21 @@ class Stats:
     expired: int
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Loan:
+    """A hold on an item while the worker reads its block."""
+
+    item: Item
+    block: Block
+
+
 @dataclass(eq=False, slots=True)
 class _Entry:
     item: Item
     block: Block
     dispatched: bool = False
-    holders: set[str | int] = field(default_factory=set)  # request ids (str) and generations of leases (int)
+    # Request ids (str), generations of leases (int) and loans.
+    holders: set[str | int | Loan] = field(default_factory=set)
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +106,9 @@ class EmbeddingStore:
         self._num_entries = 0  # in the index or held
         self._requests: dict[str, list[_Entry]] = {}  # in the request's item order, with repeats
         self._leases: dict[int, tuple[Lease, list[_Entry]]] = {}
-        self._captured = self._hits = self._misses = self._evictions = self._waits = self._expired = 0
+        self._loans: dict[Loan, _Entry] = {}
+        self._captured = self._reused = self._hits = self._misses = 0
+        self._evictions = self._waits = self._expired = 0
         self._reaper: threading.Thread | None = None
         self._closed = threading.Event()
 
@@ -188,6 +200,30 @@ class EmbeddingStore:
             spans = [Span(entry.block, entry.item.num_rows, entry.item.width, entry.item.dtype) for entry in entries]
             return self._arena.handle(lease, spans)
 
+    def has(self, item: Item) -> bool:
+        """Whether the item's rows are in its block by now."""
+        with self._lock:
+            entry = self._index.get(item)
+            return entry is not None and entry.dispatched and self._arena.stamped(entry.block)
+
+    def lend(self, item: Item) -> Loan | None:
+        """Holds an item that the store `has` until `end_loan`; None if it has it no more."""
+        with self._lock:
+            entry = self._index.get(item)
+            if entry is None or not entry.dispatched:
+                return None
+            loan = Loan(item, entry.block)
+            self._hold(entry, loan)
+            self._loans[loan] = entry
+            self._reused += 1
+            return loan
+
+    def end_loan(self, loan: Loan) -> None:
+        """The worker has read the block."""
+        with self._lock:
+            if (entry := self._loans.pop(loan, None)) is not None:
+                self._drop(entry, loan)
+
     def cancel(self, handle: dict[str, Any]) -> None:
         """Ends the lease of a handle that nobody will read. Nothing happens if it has ended."""
         _slot, generation = handle["lease"]
@@ -236,6 +272,7 @@ class EmbeddingStore:
                 requests=len(self._requests),
                 leases=len(self._leases),
                 captured=self._captured,
+                reused=self._reused,
                 hits=self._hits,
                 misses=self._misses,
                 evictions=self._evictions,
@@ -253,6 +290,7 @@ class EmbeddingStore:
             self._cached.clear()
             self._requests.clear()
             self._leases.clear()
+            self._loans.clear()
             self._cached_bytes = self._num_entries = 0
             self._arena.close()
             reaper = self._reaper
@@ -278,12 +316,12 @@ class EmbeddingStore:
             self._evict()
         return block
 
-    def _hold(self, entry: _Entry, request_id: str) -> None:
+    def _hold(self, entry: _Entry, holder: str | Loan) -> None:
         if entry.item in self._cached:  # the same entry: what is cached is indexed
             self._pop_cached(entry.item)
-        entry.holders.add(request_id)
+        entry.holders.add(holder)
 
-    def _drop(self, entry: _Entry, holder: str | int) -> None:
+    def _drop(self, entry: _Entry, holder: str | int | Loan) -> None:
         if holder not in entry.holders:  # an item that occurs again in its request
             return
         entry.holders.remove(holder)

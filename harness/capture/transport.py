@@ -284,6 +284,10 @@ class Arena:
         """Whether the writer stamped that it has no data for this block."""
         return _read_word(block.segment.fd, block.offset) == block.generation | _FAILED
 
+    def stamped(self, block: Block) -> bool:
+        """Whether the writer has copied the block's data."""
+        return _read_word(block.segment.fd, block.offset) == block.generation
+
     def take_made(self) -> list[SegmentId]:
         """The segments made since the last call and still there, for Writer.prepare."""
         made, self._made = [segment for segment in self._made if segment in self._segments], []
@@ -429,6 +433,8 @@ class _Copier(Protocol):
 
     def copy(self, batch: Sequence[_Copy]) -> None: ...
 
+    def fetch(self, pages: Tensor, data: Tensor) -> Tensor: ...
+
     def close(self) -> None: ...
 
 
@@ -450,6 +456,10 @@ class _HostCopier:
             if source is not None:
                 _as(data, source).copy_(source)
             header.fill_(stamp)
+
+    def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
+        del pages
+        return data.clone()
 
     def close(self) -> None:
         pass
@@ -499,6 +509,10 @@ class _CudaCopier:
                 # torch.tensor would wait for the device.
                 value = torch.full((1,), stamp, dtype=torch.int64, device=self._device)
                 header.copy_(value, non_blocking=True)
+
+    def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
+        self._registered[pages.data_ptr()].result()
+        return data.to(self._device, non_blocking=True)
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -563,6 +577,14 @@ class Writer:
                 raise ValueError(f"a tensor of {tensor.nbytes} bytes does not fill a block of {block.nbytes}")
             batch += self._stamped(block, block.generation, tensor.detach())
         self._copier.copy(batch)
+
+    def fetch(self, block: Block, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """A stamped block's data on the writer's device, on CUDA by a copy on the current stream.
+
+        Raises:
+            BlockGone: the owner gave the segment back, or ended.
+        """
+        return self._copier.fetch(self._pages(block.segment), self.view(block).view(dtype).view(shape))
 
     def fail(self, block: Block) -> None:
         """Stamps that there is no data for the block: its reader gets CaptureFailed."""

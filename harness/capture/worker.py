@@ -34,21 +34,31 @@ class WorkerCapture:
         An item that is not there, or has another shape than planned, is stamped as failed: its requests end with an
         error. Raising would hide the encoder's own error, which is the likely reason.
         """
-        if not (plan.copies or plan.prepare or plan.drop) or not _is_first_rank():
+        if not (plan.copies or plan.prepare or plan.drop):
             return
-        writer = self._writers.get(plan.owner)
-        if writer is None:
-            writer = self._writers[plan.owner] = Writer(plan.owner, _device())
-        writer.prepare(plan.prepare)
-        copies: list[tuple[Block, Tensor]] = []
-        for item, block in plan.copies:
-            rows = _rows(item, encoder_cache.get(item.identifier))
-            if rows is None:
-                writer.fail(block)
-            else:
-                copies.append((block, rows))
-        writer.write_many(copies)
+        writer = self._writer(plan.owner)
+        if _is_first_rank():
+            writer.prepare(plan.prepare)
+            copies: list[tuple[Block, Tensor]] = []
+            for item, block in plan.copies:
+                rows = _rows(item, encoder_cache.get(item.identifier), plan.whole)
+                if rows is None:
+                    writer.fail(block)
+                else:
+                    copies.append((block, rows))
+            writer.write_many(copies)
         writer.drop(plan.drop)
+
+    def load(self, plan: StepPlan, encoder_cache: dict[str, Tensor]) -> None:
+        """Puts kept items into the encoder cache, on every rank. Must run before the encoder's output is used."""
+        for item, block in plan.loads:
+            shape = (item.num_rows, item.width)
+            encoder_cache[item.identifier] = self._writer(plan.owner).fetch(block, shape, getattr(torch, item.dtype))
+
+    def _writer(self, owner: Address) -> Writer:
+        if owner not in self._writers:
+            self._writers[owner] = Writer(owner, _device())
+        return self._writers[owner]
 
     def close(self) -> None:
         """Unmaps the shared memory."""
@@ -57,13 +67,19 @@ class WorkerCapture:
         self._writers.clear()
 
 
-def _rows(item: Item, output: Tensor | None) -> Tensor | None:
-    """The planned columns of an encoder output: (num_rows, width) in the engine's dtype."""
+def _rows(item: Item, output: Tensor | None, whole: bool) -> Tensor | None:
+    """The planned columns of an encoder output, (num_rows, width) in the engine's dtype. `whole`: it has no others."""
     if output is None or output.ndim != 2 or output.shape[0] != item.num_rows:
         found = "nothing" if output is None else f"shape {tuple(output.shape)}"
         logger.error("Encoder output of item %s: expected %d rows, found %s.", item.identifier, item.num_rows, found)
         return None
     width = output.shape[1]
+    if whole and width > item.width:
+        logger.error(
+            "Encoder output of item %s has %d columns, %d of them known: leave enable_mm_embedding_reuse out here.",
+            *(item.identifier, width, item.width),
+        )
+        return None
     if width < item.width:
         # Levels are asked for and this item has none (audio beside images, an image given as its embeddings): zeros,
         # which is what the language model adds there.
