@@ -97,6 +97,10 @@ def _make(spec: EngineSpec) -> Any:
     options = dict(spec.options)
     if spec.arm is Arm.CAPTURING:
         options.setdefault("enable_return_mm_embedding", True)
+    if isinstance(options.get("ec_transfer_config"), dict):  # the parent imports no vLLM
+        from vllm.config import ECTransferConfig
+
+        options["ec_transfer_config"] = ECTransferConfig(**options["ec_transfer_config"])
     if spec.interface is Interface.ASYNC_LLM:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM

@@ -24,6 +24,9 @@ FACTOR = 1.1
 SLACK = 64 << 20
 """CPU memory may grow by FACTOR times the bytes of the live embeddings, and SLACK."""
 
+NO_CACHE = {"mm_embedding_cache_gb": 0.0}
+"""What the store keeps for later requests is under a cap of its own."""
+
 
 def forget(server: Server) -> None:
     load.drop(server)
@@ -38,8 +41,7 @@ def settled(engine: Engine) -> int:
 
 
 def test_cpu_memory(cost: Cost, record_property: Callable[[str, object], None]) -> None:
-    # What the store keeps for later requests is under a cap of its own, mm_embedding_cache_gb.
-    arms = cost.arms(Interface.LLM, mm_embedding_cache_gb=0.0)
+    arms = cost.arms(Interface.LLM, [Arm.ABSENT, Arm.CAPTURING], capture_options=NO_CACHE)
     work = cost.scaled(load.DISTINCT)
     grown, left, live = {}, {}, 0
     for arm in (Arm.ABSENT, Arm.CAPTURING):
@@ -65,7 +67,7 @@ def test_cpu_memory(cost: Cost, record_property: Callable[[str, object], None]) 
 
 
 def test_cpu_memory_does_not_grow_with_the_requests(cost: Cost, record_property: Callable[[str, object], None]) -> None:
-    engine = cost.arms(Interface.LLM, mm_embedding_cache_gb=0.0)[Arm.CAPTURING]
+    engine = cost.arms(Interface.LLM, [Arm.CAPTURING], capture_options=NO_CACHE)[Arm.CAPTURING]
     work = cost.scaled(load.DISTINCT)
     requests, held, nbytes = [], [], 0
     for batch in range(BATCHES):

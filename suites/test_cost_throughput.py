@@ -2,28 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
-from harness.engine import Arm, Interface
-from harness.load import WORKLOADS, Workload
-from harness.pytest_plugin.benchmarks import Cost, offline
-from harness.verdict import median_ratio
+from harness.engine import Arm, Engine, Interface
+from harness.engine_process import Server
+from harness.load import DISTINCT, REPEATED, WORKLOADS, Workload
+from harness.peers import PEERS
+from harness.pytest_plugin.benchmarks import Cost, offline, on_gpu
+from harness.verdict import Ratio, median_ratio
+
+Record = Callable[[str, object], None]
+
+GROWTH = [("side", 224), ("side", 448), ("side", 1024), ("side", 2048), ("items", 1), ("items", 4), ("requests", 1)]
+GROWTH += [("requests", 8), ("requests", 64)]
 
 pytestmark = [pytest.mark.suite("cost"), pytest.mark.clause("C14"), pytest.mark.once]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
-def test_throughput(
-    cost: Cost, workload: Workload, benchmark: Any, record_property: Callable[[str, object], None]
-) -> None:
+def test_throughput(cost: Cost, workload: Workload, benchmark: Any, record_property: Record) -> None:
+    ratios = measure(cost, cost.arms(Interface.LLM), workload, benchmark, record_property)
+    cost.judge("throughput", ratios, record_property)
+
+
+@pytest.mark.parametrize(("axis", "value"), GROWTH)
+def test_growth(cost: Cost, axis: str, value: int, benchmark: Any, record_property: Record) -> None:
+    """How the cost grows; a picture and no gate."""
+    changed: dict[str, Any] = {axis: value}
+    workload = dataclasses.replace(Workload(f"{axis}-{value}", requests=16, side=448), **changed)
+    record_property("axis", axis)
+    record_property("value", value)
+    arms = cost.arms(Interface.LLM, [Arm.ABSENT, Arm.CAPTURING])
+    ratios = measure(cost, arms, workload, benchmark, record_property)
+    cost.record(ratios, record_property)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers(cost: Cost, peer: str, benchmark: Any, record_property: Record, pytestconfig: pytest.Config) -> None:
+    """What other ways cost; no gate of ours."""
+    if not pytestconfig.getoption("--peers"):
+        pytest.skip("--peers runs other ways to get at the embeddings")
+    if peer == "ECCPUConnector" and not on_gpu():
+        pytest.skip("ECCPUConnector needs vLLM's V2 model runner, which needs a GPU")
+    config = PEERS[peer]
+    arms = cost.arms(Interface.LLM, [Arm.ABSENT, Arm.CAPTURING], peer=cost.peer(peer, config))
+    ratios = measure(cost, arms, DISTINCT, benchmark, record_property)
+    cost.record(ratios, record_property)
+
+
+def test_items_asked_about_again(cost: Cost, benchmark: Any, record_property: Record) -> None:
+    """With re-use, what left the GPU's encoder cache is loaded and not encoded again: faster than without capture."""
+    work = Workload("asked-again", side=1024, texts=8, scattered=True)
+    # An encoder cache for fewer images than the round has; vLLM makes it as large as a step's tokens.
+    tokens = 2048 if on_gpu() else 128
+    reuse = {"enable_mm_embedding_reuse": True}
+    both = [Arm.ABSENT, Arm.CAPTURING]
+    arms = cost.arms(Interface.LLM, both, capture_options=reuse, max_num_batched_tokens=tokens)
+    ratios = measure(cost, arms, work, benchmark, record_property)
+    cost.judge("reuse", ratios, record_property)
+
+
+def test_repeats_that_the_store_does_not_hold(cost: Cost, benchmark: Any, record_property: Record) -> None:
+    """A prefix-cache hit meets an item that was not kept: it is encoded again. The price, stated; no gate."""
+    too_small = {"mm_embedding_cache_gb": 0.0}
+    arms = cost.arms(Interface.LLM, [Arm.ABSENT, Arm.CAPTURING], capture_options=too_small)
+    ratios = measure(cost, arms, REPEATED, benchmark, record_property)
+    record_property("forced prefills", arms[Arm.CAPTURING].call(stats)["forced_prefills"])
+    cost.record(ratios, record_property)
+
+
+async def stats(server: Server) -> dict[str, int]:
+    found = await server.capture_stats()
+    assert found is not None
+    return found
+
+
+def measure(
+    cost: Cost, arms: Mapping[str, Engine], workload: Workload, benchmark: Any, record_property: Record
+) -> dict[str, Ratio]:
+    """Runs the rounds, checks what came back, and gives each arm's throughput over that without the plugin."""
     modality = "image" if workload.frames == 1 else "video"
     if modality not in cost.subject.spec.placeholders:
         pytest.skip(f"{cost.subject.spec.name} takes no {modality}")
     work = cost.scaled(workload)
-    rounds = offline(cost, cost.arms(Interface.LLM), work)
+    rounds = offline(cost, arms, work)
     rounds.warm_up()
     benchmark.group = f"throughput {workload}"
     benchmark.pedantic(rounds.timed, setup=rounds.before, teardown=rounds.after, rounds=cost.rounds)
@@ -36,6 +102,7 @@ def test_throughput(
         assert {sample.with_embedding for sample in samples} == {expected}, f"embeddings where the plugin is {arm}"
         rate = work.requests * len(samples) / sum(sample.seconds for sample in samples)
         record_property(f"{arm} requests/s", round(rate, 2))
+    captured = rounds.samples[Arm.CAPTURING][0]
+    record_property("MB of embeddings a round", round(captured.nbytes / 1e6, 2))
     absent = seconds[Arm.ABSENT]
-    ratios = {f"{arm}/absent": median_ratio(absent, seconds[arm]) for arm in (Arm.IDLE, Arm.CAPTURING)}
-    cost.judge("throughput", ratios, record_property)
+    return {f"{arm}/absent": median_ratio(absent, seconds[arm]) for arm in arms if arm != Arm.ABSENT}

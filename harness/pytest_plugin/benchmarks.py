@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -10,8 +11,8 @@ from typing import Any, Generic, TypeVar
 import pytest
 import torch
 
-from harness import environment, load
-from harness.engine import Arm, Engine, Interface
+from harness import environment, load, peers
+from harness.engine import Arm, Engine, EngineSpec, Interface
 from harness.load import Workload
 from harness.pytest_plugin.subject import Subject
 from harness.verdict import Ratio, Verdict, judge
@@ -20,8 +21,6 @@ T = TypeVar("T")
 
 GPU_OPTIONS = {"max_model_len": 8192, "max_num_seqs": 48, "kv_cache_memory_bytes": 8 << 30}
 """Of an engine among three on a GPU."""
-
-ARMS = tuple(Arm)
 
 
 def on_gpu() -> bool:
@@ -41,28 +40,60 @@ class Cost:
     subject: Subject
     rounds: int
 
-    def arms(self, interface: Interface, **capture_options: Any) -> dict[str, Engine]:
-        """The engines by arm, all alive at once. `capture_options` are the plugin's, for the arm that captures."""
-        settings = GPU_OPTIONS if on_gpu() else {}
+    def arms(
+        self,
+        interface: Interface,
+        arms: Iterable[Arm] = tuple(Arm),
+        *,
+        peer: tuple[str, EngineSpec] | None = None,
+        capture_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> dict[str, Engine]:
+        """The engines by arm, all alive at once.
+
+        Args:
+            interface: to vLLM.
+            arms: which.
+            peer: one more, with its name.
+            capture_options: the plugin's, for the arm that captures.
+            options: of all arms.
+        """
+        specs = {
+            str(arm): self._spec(arm, interface, **options, **(capture_options or {} if arm is Arm.CAPTURING else {}))
+            for arm in arms
+        }
+        if peer is not None:
+            specs[peer[0]] = peer[1]
+        return dict(zip(specs, self.subject.pool.together(specs.values()), strict=True))
+
+    def peer(self, name: str, config: Mapping[str, Any]) -> tuple[str, EngineSpec]:
+        """For `arms`: an engine without the plugin, with the encoder-cache connector of harness.peers.PEERS."""
+        if config:
+            return name, self._spec(Arm.ABSENT, Interface.LLM, ec_transfer_config=dict(config, ec_role="ec_both"))
+        return name, dataclasses.replace(self._spec(Arm.ABSENT, Interface.LLM), setup="harness.peers:mark_second_pass")
+
+    def _spec(self, arm: Arm, interface: Interface, **options: Any) -> EngineSpec:
         in_process = not on_gpu() and interface is Interface.LLM  # a core and a frontend of each on two cores is much
-        specs = [
-            self.subject.engine_spec(
-                arm, interface, in_process=in_process, **settings, **(capture_options if arm is Arm.CAPTURING else {})
-            )
-            for arm in ARMS
-        ]
-        return dict(zip(map(str, ARMS), self.subject.pool.together(specs), strict=True))
+        settings = {**(GPU_OPTIONS if on_gpu() else {}), **options}
+        return self.subject.engine_spec(arm, interface, in_process=in_process, **settings)
 
     def scaled(self, workload: Workload) -> Workload:
         """The workload as this machine and this model can take it."""
         return workload if on_gpu() else workload.small()
 
+    def record(self, ratios: Mapping[str, Ratio], record_property: Callable[[str, object], None]) -> None:
+        """Records ratios that have no gate."""
+        for name, ratio in ratios.items():
+            record_property(name, str(ratio))
+            for part in ("value", "low", "high"):
+                record_property(f"{name} {part}", getattr(ratio, part))
+
     def judge(self, kind: str, ratios: Mapping[str, Ratio], record_property: Callable[[str, object], None]) -> None:
         """Records the ratios; on a GPU, fails the test that breaks its gate, or skips it as undecided."""
         lines, verdicts = [], []
         gate = self.subject.spec.gates[kind]
+        self.record(ratios, record_property)
         for name, ratio in ratios.items():
-            record_property(name, str(ratio))
             judgement = judge(ratio, gate)
             verdicts.append(judgement.verdict)
             lines.append(f"{name}: {ratio}: {judgement} (goal {gate.goal}, interval above {gate.limit})")
@@ -138,7 +169,7 @@ def offline(cost: Cost, arms: Mapping[str, Engine], workload: Workload) -> Round
     return Rounds(
         arms,
         lambda engine, number: engine.call(load.prepare, cost.subject.spec, workload, number),
-        lambda engine, _number: engine.call(load.run),
+        lambda engine, _number: engine.call(peers.run),
     )
 
 
