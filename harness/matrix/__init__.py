@@ -87,7 +87,7 @@ class ModelSpec:
     differences: tuple[Difference, ...] = ()
     """What is known to differ from Hugging Face, each with its reason."""
     gpu_memory_gb: float = 0.0
-    """GiB that the published model's weights take in its own dtype, so that a runner can be chosen."""
+    """GiB that the published model's weights take in its own dtype: with less on a GPU it is not fetched."""
     min_vllm: str = "0.32"
     """Oldest release of vLLM that has the model; on older ones it is skipped, with the reason."""
     min_transformers: str = "5.16"

@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         names = config.getoption("--model")
         config.stash[_MODELS] = [models.find(name) for name in names or matrix.load_all()]
-    except (models.UnknownModelError, matrix.SpecError) as error:
+    except (models.UnknownModelError, models.TooLargeError, matrix.SpecError) as error:
         raise pytest.UsageError(f"--model: {error}") from error
     config.pluginmanager.register(
         Recorder(results, [spec for spec, _ in config.stash[_MODELS]]), "mm-embedding-recorder"
