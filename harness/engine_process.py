@@ -53,12 +53,6 @@ class Server:
             stats = self.engine.llm_engine.engine_core.call_utility("mm_embedding_stats")
         return stats
 
-    def counter(self, name: str) -> float:
-        """Sum of a vLLM counter, such as "vllm:num_preemptions"."""
-        from vllm.v1.metrics.reader import get_metrics_snapshot
-
-        return sum(metric.value for metric in get_metrics_snapshot() if metric.name == name)
-
 
 async def generate(server: Server, requests: Sequence[Request]) -> list[list[Completion]]:
     """Runs the requests together; the completions of each, in order."""

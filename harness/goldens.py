@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -164,18 +164,21 @@ class Goldens:
         """
         return sorted(self._manifest()["cases"])
 
-    def unused(self) -> list[str]:
-        """Recorded cases that no test read, verified or recorded."""
-        return [case for case in self.cases() if case not in self._visited]
+    def unused(self, cases: Collection[str]) -> str:
+        """One sentence that lists the recorded cases that no test read, verified or recorded; empty if there is none.
 
-    def unused_message(self) -> str:
-        """One sentence that lists `unused`, empty if there is none."""
-        unused = self.unused()
-        if not unused:
+        Args:
+            cases: all of the model. Where no test asked for one of them, tests were left out, and nothing is unused.
+
+        Raises:
+            CorruptGoldenError: the manifest cannot be read.
+        """
+        unused = [case for case in self.cases() if case not in self._visited]
+        if not unused or not self._visited.issuperset(cases):
             return ""
         return (
-            f"{self.manifest_path} holds {', '.join(unused)}, which no test of this session asked for: remove them "
-            "from the manifest by hand if the tests are gone"
+            f"{self.manifest_path} holds {', '.join(unused)}, which no test of this session asked for: add the case to "
+            "the model again, or remove its entry there and its .safetensors file"
         )
 
     def read(self, case: str) -> Golden:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from harness import environment
 from harness.cases import CASES
 from harness.matrix import ModelSpec, load_all
 from harness.media import Media
@@ -26,6 +27,10 @@ class UnknownModelError(LookupError):
     """No model of that name or checkpoint; one sentence that lists the known ones."""
 
 
+class TooLargeError(RuntimeError):
+    """No GPU here holds the model's weights; one sentence."""
+
+
 def find(name: str) -> tuple[ModelSpec, Path | None]:
     """The model of that name and the folder of its checkpoint; None for an embedded one.
 
@@ -34,6 +39,7 @@ def find(name: str) -> tuple[ModelSpec, Path | None]:
 
     Raises:
         UnknownModelError: there is none, it cannot be fetched, or it is not a multimodal model; one sentence.
+        TooLargeError: it is one of the matrix and would be fetched for GPUs that cannot hold it.
     """
     models = load_all()
     if name in models:
@@ -52,13 +58,24 @@ def _fetch(name: str, models: Mapping[str, ModelSpec]) -> Path:
         )
     import huggingface_hub
 
-    revision = next((spec.revision for spec in models.values() if spec.hub_id == name), "main")
+    known = next((spec for spec in models.values() if spec.hub_id == name), None)
+    if known is not None:
+        _refuse_too_large(known)
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision))
+        return Path(huggingface_hub.snapshot_download(name, revision=known.revision if known else "main"))
     except Exception as error:
         raise UnknownModelError(
             f"{name} is no folder and cannot be fetched from the hub: {_first_line(error)}"
         ) from error
+
+
+def _refuse_too_large(spec: ModelSpec) -> None:
+    largest = max((gpu["memory"] for gpu in environment.gpus()), default=None)
+    if largest is not None and largest < spec.gpu_memory_gb * 2**30:
+        raise TooLargeError(
+            f"the weights of {spec.hub_id} take {spec.gpu_memory_gb:.1f} GiB and the largest GPU here has "
+            f"{largest / 2**30:.1f} GiB: use a larger one, or a smaller model of the family"
+        )
 
 
 def of_checkpoint(folder: Path) -> ModelSpec:

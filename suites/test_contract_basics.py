@@ -63,7 +63,7 @@ def test_a_completion_carries_the_rows_of_its_item(
     engine: Engine, alone: dict[str, Completion], items: tuple[Media, Media]
 ) -> None:
     rows = embedding(alone["first"])
-    assert rows.dtype == engine.call(dtype)
+    assert rows.dtype == engine.call(dtype), "the rows are not in the engine's dtype"
     assert rows.device.type == "cpu"
     assert rows.is_contiguous()
     assert rows.isfinite().all()

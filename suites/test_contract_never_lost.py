@@ -106,18 +106,25 @@ def test_an_item_above_the_memory_cap_is_an_error_that_says_so(subject: Subject)
 
 
 CHUNK = 128
-"""Tokens a step; more than the largest image has."""
+"""Tokens a step, where no item has more rows."""
 
 
-def chunking(subject: Subject) -> Engine:
-    """With several steps for a long prompt, and an encoder cache for few images."""
-    return subject.engine(max_num_batched_tokens=CHUNK, enable_prefix_caching=False, mm_embedding_cache_gb=0.0)
+def chunking(subject: Subject, media: list[Media]) -> Engine:
+    """With several steps for a long prompt, and an encoder cache for few of these images.
+
+    The cache has a place for each token of a step. vLLM would make it larger for the largest image of a model, which it
+    takes for smaller than LLaVA-OneVision's are.
+    """
+    largest = max(len(rows(subject, subject.engine(), item)) for item in media)
+    return subject.engine(
+        max_num_batched_tokens=max(CHUNK, largest), enable_prefix_caching=False, mm_embedding_cache_gb=0.0
+    )
 
 
 def test_chunked_prefill_with_several_images(subject: Subject, record_property: Callable[[str, object], None]) -> None:
     subject.needs_items(3)
-    engine = chunking(subject)
     media = [subject.item(31, 2), subject.item(32, 3), subject.item(33, 1)]
+    engine = chunking(subject, media)
     request = subject.request(media[0], LONG, media[1], LONG, media[2])
     [[completion]], trace = run(engine, request)
     record_property("prefill_steps", len(trace.chunks))
@@ -128,8 +135,8 @@ def test_chunked_prefill_with_several_images(subject: Subject, record_property: 
 
 @pytest.mark.once
 def test_eviction_from_the_encoder_cache_and_encoding_again(subject: Subject) -> None:
-    engine = chunking(subject)
     media = [image(seed, 224, 224) for seed in range(41, 46)]
+    engine = chunking(subject, media)
     first = [rows(subject, engine, item) for item in media]
     [[again]], trace = run(engine, subject.request("again", media[0]))
     assert sum(trace.encoded) == 1, "the item was still in the encoder cache: the condition did not happen"

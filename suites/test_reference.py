@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from harness import cases, diagnose
+from harness import diagnose
 from harness.compare import Comparison, Tolerance, compare
 from harness.engine_process import Server
 from harness.pytest_plugin.subject import NUM_TOKENS, Observed, Subject
@@ -36,18 +35,13 @@ def cause(subject: Subject, case: str) -> diagnose.Cause | None:
     comparison, tolerance, _ = check(subject, observed)
     if not comparison.ok:
         return diagnose.of_encoder(comparison, rows, reference, observed.items, tolerance)
-    processed = processed_by_hugging_face(subject, case)
+    processed = subject.processed(case)
     try:
         expected = reference.encode_processed(processed, observed.items).rows
     except ValueError:
         return diagnose.of_preprocessing(None, reference, observed.items, processed)
     comparison = compare(rows, expected, tolerance=tolerance, items=observed.completion.mm_embedding_items)
     return None if comparison.ok else diagnose.of_preprocessing(comparison, reference, observed.items, processed)
-
-
-def processed_by_hugging_face(subject: Subject, case: str) -> dict[str, Any]:
-    parts = cases.parts(subject.spec, case)
-    return subject.reference().process(cases.text(subject.spec, parts), cases.media(parts))
 
 
 def fail(text: str, cause: diagnose.Cause | None, record_property: Record) -> None:
@@ -87,7 +81,7 @@ def test_encoder(subject: Subject, case: str, record_property: Record) -> None:
 def test_preprocessing(subject: Subject, case: str, record_property: Record) -> None:
     observed, reference = subject.observe(case), subject.reference()
     try:
-        expected = reference.encode_processed(processed_by_hugging_face(subject, case), observed.items).rows
+        expected = reference.encode_processed(subject.processed(case), observed.items).rows
     except ValueError as error:
         return fail(str(error), cause(subject, case), record_property)
     rows = observed.completion.mm_embedding
@@ -103,7 +97,7 @@ def test_preprocessing(subject: Subject, case: str, record_property: Record) -> 
 def test_first_tokens(subject: Subject, case: str, record_property: Record) -> None:
     if not subject.embedded or subject.spec.dtype != "float32":
         pytest.skip("greedy tokens of a bfloat16 model may differ where two logits are close")
-    processed = processed_by_hugging_face(subject, case)
+    processed = subject.processed(case)
     try:
         expected = subject.reference().generate(processed, NUM_TOKENS)
     except ValueError as error:

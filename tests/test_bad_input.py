@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import checkpoints
+from harness import checkpoints, environment
 from harness.engine import EngineSpec
+from harness.matrix import load_all
 from harness.pytest_plugin.subject import EnginePool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +72,29 @@ def test_an_unknown_model(session: Callable[..., tuple[int, str]]) -> None:
     code, output = session("--model", "qwen9")
     assert code == pytest.ExitCode.USAGE_ERROR
     assert_one_sentence(output, "ERROR: --model: there is no model and no folder 'qwen9': .*qwen3_vl")
+
+
+def test_a_model_that_no_gpu_here_holds_is_not_fetched(
+    session: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = [8 * 2**30, 16 * 2**30]
+    monkeypatch.setattr(environment, "gpus", lambda: [{"memory": each} for each in memory])
+    fetched: list[str] = []
+
+    def fetch(name: str, revision: str) -> str:
+        fetched.append(name)
+        raise OSError("there is no hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    omni = load_all()["qwen3_omni_moe"].hub_id
+    code, output = session("--model", omni)
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert_one_sentence(output, rf"ERROR: --model: the weights of {omni} take 59.1 GiB and .* 16.0 GiB: use a larger")
+    assert not fetched
+    memory.append(80 * 2**30)
+    _, output = session("--model", omni)
+    assert_one_sentence(output, rf"ERROR: --model: {omni} is no folder and cannot be fetched")
+    assert fetched == [omni]
 
 
 def test_a_text_only_model(session: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class ModelSpec:
     differences: tuple[Difference, ...] = ()
     """What is known to differ from Hugging Face, each with its reason."""
     gpu_memory_gb: float = 0.0
-    """GiB that the published model's weights take in its own dtype, so that a runner can be chosen."""
+    """GiB that the published model's weights take in its own dtype: with less on a GPU it is not fetched."""
     gates: Mapping[str, Gate] = field(default_factory=lambda: GATES)
     """What capture may cost, by what is measured: of GATES, those that are others for this model."""
     min_vllm: str = "0.32"

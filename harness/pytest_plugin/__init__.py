@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from harness import checkpoints, environment, matrix, models
 from harness.engine import Arm
-from harness.goldens import UPDATE_MODES, Goldens
+from harness.goldens import UPDATE_MODES, GoldenError, Goldens
 from harness.pytest_plugin import benchmarks, differences
 from harness.pytest_plugin.recorder import Recorder
 from harness.pytest_plugin.subject import EnginePool, Subject
@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         names = config.getoption("--model")
         config.stash[_MODELS] = [models.find(name) for name in names or matrix.load_all()]
-    except (models.UnknownModelError, matrix.SpecError) as error:
+    except (models.UnknownModelError, models.TooLargeError, matrix.SpecError) as error:
         raise pytest.UsageError(f"--model: {error}") from error
     config.stash[_ENGINE_OPTIONS] = _engine_options(config.getoption("--engine-option"))
     config.pluginmanager.register(
@@ -185,12 +185,24 @@ def _too_old(spec: matrix.ModelSpec) -> str | None:
 
 
 @pytest.fixture(scope="session")
-def goldens(pytestconfig: pytest.Config, subject: Subject) -> Goldens:
+def recorded(pytestconfig: pytest.Config, subject: Subject) -> Goldens:
     """The recorded embeddings of the model: an embedded one's are here, another's in the store, with its manifest."""
     store: Path | None = pytestconfig.getoption("--golden-store")
     if subject.embedded or store is None:
         return Goldens(pytestconfig.rootpath / "golden", subject.spec.name)
     return Goldens(store, subject.path.resolve().name, store=store)
+
+
+@pytest.fixture
+def goldens(recorded: Goldens, subject: Subject) -> Iterator[Goldens]:
+    """Those, and an error behind the test that asks for the last of the model's cases if others are recorded."""
+    yield recorded
+    try:
+        unused = recorded.unused(subject.spec.cases)
+    except GoldenError:  # by which the test has failed
+        return
+    if unused:
+        pytest.fail(unused, pytrace=False)
 
 
 @pytest.fixture(scope="session")

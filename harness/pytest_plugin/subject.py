@@ -124,6 +124,7 @@ class Subject:
     thorough: bool
     user_options: Mapping[str, Any] = field(default_factory=dict)
     _observed: dict[str, Observed] = field(default_factory=dict)
+    _processed: dict[str, dict[str, Any]] = field(default_factory=dict)
     _references: dict[torch.dtype, Reference] = field(default_factory=dict)
 
     def engine(
@@ -190,6 +191,13 @@ class Subject:
             [[completion]], trace = self.engine().call(observe.run, [request])
             self._observed[case] = Observed(completion, trace.processed[0])
         return self._observed[case]
+
+    def processed(self, case: str) -> dict[str, Any]:
+        """What Hugging Face's own processor made of the case's prompt, once a session."""
+        if case not in self._processed:
+            parts = cases.parts(self.spec, case)
+            self._processed[case] = self.reference().process(cases.text(self.spec, parts), cases.media(parts))
+        return self._processed[case]
 
     def reference(self, dtype: torch.dtype = torch.float32) -> Reference:
         """The Hugging Face model, once a session."""

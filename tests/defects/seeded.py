@@ -278,6 +278,47 @@ def refusal_removed() -> None:
     settings.cannot_capture = lambda vllm_config: None
 
 
+def rust_frontend_accepted() -> None:
+    """The frontend that passes no embeddings on passes for one that does."""
+    from unittest import mock
+
+    from harness.capture import settings
+
+    def unaware(original: Any) -> Any:
+        def cannot_capture(vllm_config: Any) -> Any:
+            with mock.patch.dict(os.environ, {"VLLM_USE_RUST_FRONTEND": "0"}):
+                return original(vllm_config)
+
+        return cannot_capture
+
+    _replace(settings, "cannot_capture", unaware)
+
+
+def engines_not_counted() -> None:
+    """An engine does not know of another one in its process that captures."""
+    from harness.capture import connector
+
+    class Uncounted(dict[Any, Any]):
+        def __setitem__(self, executor: Any, captures: bool) -> None:
+            pass
+
+    connector._executors = Uncounted()  # type: ignore[assignment]
+
+
+def rows_widened() -> None:
+    """The rows come in a dtype that is not the engine's."""
+    from harness.capture import frontend
+
+    def wide(original: Any) -> Any:
+        def read(delivery: dict[str, Any]) -> Any:
+            found = original(delivery)
+            return dataclasses.replace(found, rows=found.rows.double())
+
+        return read
+
+    _replace(frontend, "_read", wide)
+
+
 def http_opt_in_ignored() -> None:
     """Every response has the field."""
     from harness.capture import http

@@ -59,6 +59,11 @@ DEFECTS = (
     Defect("item_dropped", ROWS, r"has 6 rows, expected 16(?s:.*)second image", run="basics, once more"),
     Defect("items_swapped", ROWS, "rows 0..9 equal the second image's", run="basics"),
     Defect(
+        "rows_widened",
+        "test_contract_basics.py::test_a_completion_carries_the_rows_of_its_item[qwen3_vl]",
+        "not in the engine's dtype",
+    ),
+    Defect(
         "lost_on_stop_string",
         "test_contract_basics.py::test_every_way_to_finish_carries_it[qwen3_vl-stop string]",
         r"The embedding is missing \(None\)",
@@ -133,6 +138,16 @@ DEFECTS = (
         "refusal_removed",
         "test_contract_refusals.py::test_refused_in_one_sentence[qwen3_vl-encoder-decoder-words1]",
         "in 'accepted, ",
+    ),
+    Defect(
+        "rust_frontend_accepted",
+        "test_contract_refusals.py::test_refused_in_one_sentence[qwen3_vl-rust frontend-words4]",
+        "in 'accepted, ",
+    ),
+    Defect(
+        "engines_not_counted",
+        "test_contract_inputs.py::test_a_configuration_made_by_hand_switches_it_on[qwen3_vl]",
+        "DID NOT RAISE",
     ),
     Defect(
         "http_opt_in_ignored",

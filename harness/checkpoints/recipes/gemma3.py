@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import transformers
+from transformers.image_utils import PILImageResampling
 
 from harness.checkpoints import tokenizer as tokenizers
 from harness.checkpoints.recipes.base import TEXT, Recipe
@@ -50,7 +51,11 @@ def build(full: bool) -> Recipe:
         image_token_index=tokenizer.convert_tokens_to_ids(names["image_token"]),
     )
     processor = transformers.Gemma3Processor(
-        image_processor=transformers.Gemma3ImageProcessor(size={"height": image_size, "width": image_size}),
+        # Published is bilinear, which gives other pixels on a CPU without AVX2: torchvision 0.28 resizes in float32
+        # there, and not in uint8 (transforms/v2/functional/_geometry.py:275). A golden must hold on both.
+        image_processor=transformers.Gemma3ImageProcessor(
+            size={"height": image_size, "width": image_size}, resample=PILImageResampling.BICUBIC
+        ),
         tokenizer=tokenizer,
         image_seq_length=num_tokens,
         chat_template=tokenizers.chat_template({"image": names["boi_token"], "image_url": names["boi_token"]}),

@@ -8,9 +8,8 @@ from harness.checkpoints import tokenizer as tokenizers
 from harness.checkpoints.recipes.base import TEXT, Recipe
 
 
-def build(full: bool) -> Recipe:
+def build(_full: bool) -> Recipe:
     """See the module."""
-    del full
     tokenizer = tokenizers.build(image_token="<image>")
     image_size, patch_size = 64, 16
     pinpoints = [[image_size, 2 * image_size], [2 * image_size, image_size]]

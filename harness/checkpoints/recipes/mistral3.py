@@ -2,58 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers
 
-from harness.checkpoints import tokenizer as tokenizers
+from harness.checkpoints import processors
 from harness.checkpoints.recipes.base import TEXT, Recipe
-
-TOKENS = ["[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]"]
 
 LONGEST_EDGE = 224
 """Pixels, also in full size: few rows an image. The tower's rotary embedding has no weights that depend on it."""
 
+_24B = {
+    "hidden_size": 5120,
+    "intermediate_size": 32768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+
 
 def build(full: bool) -> Recipe:
     """See the module."""
-    tokenizer = tokenizers.build(TOKENS)
-    vision = {
-        "model_type": "pixtral",
-        "hidden_size": 1024 if full else 64,
-        "num_hidden_layers": 24 if full else 3,
-        "num_attention_heads": 16 if full else 4,
-        "intermediate_size": 4096 if full else 128,
-        "image_size": LONGEST_EDGE,
-        "patch_size": 14,
-        "hidden_act": "silu",
-    }
-    published = {
-        "hidden_size": 5120,
-        "intermediate_size": 32768,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    }
+    processor = processors.pixtral(longest_edge=LONGEST_EDGE, patch_size=14, spatial_merge_size=2)
+    tokenizer = processor.tokenizer
     config = transformers.Mistral3Config(
         text_config={
             **TEXT,
-            **(published if full else {}),
+            **(_24B if full else {}),
             "model_type": "mistral",
             "eos_token_id": tokenizer.eos_token_id,
             "sliding_window": None,
             "tie_word_embeddings": False,
         },
-        vision_config=vision,
+        vision_config=tower(full, LONGEST_EDGE, patch_size=14),
         image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
         spatial_merge_size=2,
         tie_word_embeddings=False,
     )
-    processor = transformers.PixtralProcessor(
-        image_processor=transformers.PixtralImageProcessor(
-            size={"longest_edge": LONGEST_EDGE}, patch_size={"height": 14, "width": 14}
-        ),
-        tokenizer=tokenizer,
-        patch_size=14,
-        spatial_merge_size=2,
-        chat_template=tokenizers.chat_template({"image": "[IMG]", "image_url": "[IMG]"}),
-    )
     return Recipe(transformers.Mistral3ForConditionalGeneration, config, processor)
+
+
+def tower(full: bool, longest_edge: int, patch_size: int) -> dict[str, Any]:
+    """Configuration of a Pixtral tower."""
+    return {
+        "model_type": "pixtral",
+        "hidden_size": 1024 if full else 64,
+        "num_hidden_layers": 24 if full else 3,
+        "num_attention_heads": 16 if full else 4,
+        "intermediate_size": 4096 if full else 128,
+        "image_size": longest_edge,
+        "patch_size": patch_size,
+        "hidden_act": "silu",
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import transformers
 
-from harness.checkpoints import tokenizer as tokenizers
+from harness.checkpoints import processors
 from harness.checkpoints.recipes.base import TEXT, Recipe
 
 _7B = {
@@ -32,8 +32,9 @@ def build(full: bool) -> Recipe:
         "audio_bos_token": "<|audio_bos|>",
         "audio_eos_token": "<|audio_eos|>",
     }
-    tokenizer = tokenizers.build(**names)
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    size = {"shortest_edge": 28 * 28, "longest_edge": 256 * 256}  # from one token to 81
+    processor = processors.qwen_omni(transformers.Qwen2_5OmniProcessor, names, size=size)
+    tokenizer = processor.tokenizer
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24] if full else [4, 6, 6]}
     vision = {
         "depth": 32 if full else 4,
@@ -60,30 +61,13 @@ def build(full: bool) -> Recipe:
         },
         "vision_config": vision,
         "audio_config": audio,
-        "image_token_index": ids["image_token"],
-        "audio_token_index": ids["audio_token"],
-        "video_token_index": ids["video_token"],
-        "vision_start_token_id": ids["vision_bos_token"],
-        "vision_end_token_id": ids["vision_eos_token"],
-        "audio_start_token_id": ids["audio_bos_token"],
-        "audio_end_token_id": ids["audio_eos_token"],
+        "image_token_index": tokenizer.image_token_id,
+        "audio_token_index": tokenizer.audio_token_id,
+        "video_token_index": tokenizer.video_token_id,
+        "vision_start_token_id": tokenizer.vision_bos_token_id,
+        "vision_end_token_id": tokenizer.vision_eos_token_id,
+        "audio_start_token_id": tokenizer.audio_bos_token_id,
+        "audio_end_token_id": tokenizer.audio_eos_token_id,
     }
     config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
-    size = {"shortest_edge": 28 * 28, "longest_edge": 256 * 256}  # from one token to 81
-    processor = transformers.Qwen2_5OmniProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(size=size),
-        # Whatever is set here, the processor takes a size of its own: a video has at least 128 tokens a pair of frames.
-        video_processor=transformers.Qwen2VLVideoProcessor(),
-        feature_extractor=transformers.WhisperFeatureExtractor(feature_size=128),
-        tokenizer=tokenizer,
-        chat_template=tokenizers.chat_template(
-            {
-                "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
-                "image_url": "<|vision_bos|><|IMAGE|><|vision_eos|>",
-                "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
-                "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
-                "input_audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
-            }
-        ),
-    )
     return Recipe(Qwen2_5OmniModel, config, processor)

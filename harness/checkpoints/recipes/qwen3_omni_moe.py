@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import transformers
 
-from harness.checkpoints import tokenizer as tokenizers
+from harness.checkpoints import processors
 from harness.checkpoints.recipes.base import TEXT, Recipe
 
 _30B_A3B = {
@@ -32,8 +32,10 @@ def build(full: bool) -> Recipe:
         "audio_bos_token": "<|audio_start|>",
         "audio_eos_token": "<|audio_end|>",
     }
-    tokenizer = tokenizers.build(**names)
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    size = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}  # from one token to 64
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor = processors.qwen_omni(transformers.Qwen3OmniMoeProcessor, names, size=size, patch_size=16, **half)
+    tokenizer = processor.tokenizer
     rope = {
         "rope_type": "default",
         "rope_theta": 1e6,
@@ -71,31 +73,10 @@ def build(full: bool) -> Recipe:
         },
         "vision_config": vision,
         "audio_config": audio,
-        "image_token_id": ids["image_token"],
-        "audio_token_id": ids["audio_token"],
-        "video_token_id": ids["video_token"],
-        "vision_start_token_id": ids["vision_bos_token"],
-        "vision_end_token_id": ids["vision_eos_token"],
-        "audio_start_token_id": ids["audio_bos_token"],
-        "audio_end_token_id": ids["audio_eos_token"],
+        **processors.qwen_token_ids(tokenizer),
+        "audio_token_id": tokenizer.audio_token_id,
+        "audio_start_token_id": tokenizer.audio_bos_token_id,
+        "audio_end_token_id": tokenizer.audio_eos_token_id,
     }
     config = transformers.Qwen3OmniMoeConfig(thinker_config=thinker, enable_audio_output=False)
-    size = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}  # from one token to 64
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    processor = transformers.Qwen3OmniMoeProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(patch_size=16, size=size, **half),
-        # Whatever is set here, the processor takes a size of its own: a video has at least 128 tokens a pair of frames.
-        video_processor=transformers.Qwen2VLVideoProcessor(patch_size=16, **half),
-        feature_extractor=transformers.WhisperFeatureExtractor(feature_size=128),
-        tokenizer=tokenizer,
-        chat_template=tokenizers.chat_template(
-            {
-                "image": "<|vision_start|><|image_pad|><|vision_end|>",
-                "image_url": "<|vision_start|><|image_pad|><|vision_end|>",
-                "video": "<|vision_start|><|video_pad|><|vision_end|>",
-                "audio": "<|audio_start|><|audio_pad|><|audio_end|>",
-                "input_audio": "<|audio_start|><|audio_pad|><|audio_end|>",
-            }
-        ),
-    )
     return Recipe(transformers.Qwen3OmniMoeForConditionalGeneration, config, processor)

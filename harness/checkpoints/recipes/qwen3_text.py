@@ -8,9 +8,8 @@ from harness.checkpoints import tokenizer as tokenizers
 from harness.checkpoints.recipes.base import TEXT, Recipe
 
 
-def build(full: bool) -> Recipe:
+def build(_full: bool) -> Recipe:
     """See the module."""
-    del full
     tokenizer = tokenizers.build()
     config = transformers.Qwen3Config(**{**TEXT, "num_hidden_layers": 4}, eos_token_id=tokenizer.eos_token_id)
     return Recipe(transformers.Qwen3ForCausalLM, config, tokenizer)

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from harness.checkpoints import tokenizer as tokenizers
+from harness.checkpoints import processors
 from harness.checkpoints.recipes.base import TEXT, Recipe
 
 _4B: dict[str, Any] = {
@@ -24,14 +24,14 @@ _4B: dict[str, Any] = {
 
 def build(full: bool) -> Recipe:
     """See the module."""
-    names = {
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "vision_bos_token": "<|vision_start|>",
-        "vision_eos_token": "<|vision_end|>",
-    }
-    tokenizer = tokenizers.build(**names)
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    # Small in the tiny one, so that few tokens make a small encoder cache.
+    size = {"shortest_edge": 64 * 64, "longest_edge": (2048 if full else 256) ** 2}
+    # As published. Where the two differ, vLLM normalises videos with the image processor's numbers.
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor = processors.qwen_vl(
+        transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor, patch_size=16, size=size, **half
+    )
+    tokenizer = processor.tokenizer
     section = [24, 20, 20] if full else [8, 4, 4]
     rope = {
         "rope_type": "default",
@@ -58,26 +58,7 @@ def build(full: bool) -> Recipe:
             "eos_token_id": tokenizer.eos_token_id,
         },
         vision_config=vision,
-        image_token_id=ids["image_token"],
-        video_token_id=ids["video_token"],
-        vision_start_token_id=ids["vision_bos_token"],
-        vision_end_token_id=ids["vision_eos_token"],
+        **processors.qwen_token_ids(tokenizer),
         tie_word_embeddings=full,
-    )
-    # Small in the tiny one, so that few tokens make a small encoder cache.
-    size = {"shortest_edge": 64 * 64, "longest_edge": (2048 if full else 256) ** 2}
-    # As published. Where the two differ, vLLM normalises videos with the image processor's numbers.
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    processor = transformers.Qwen3VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(patch_size=16, size=size, **half),
-        tokenizer=tokenizer,
-        video_processor=transformers.Qwen3VLVideoProcessor(patch_size=16, size=size, **half),
-        chat_template=tokenizers.chat_template(
-            {
-                "image": "<|vision_start|><|image_pad|><|vision_end|>",
-                "image_url": "<|vision_start|><|image_pad|><|vision_end|>",
-                "video": "<|vision_start|><|video_pad|><|vision_end|>",
-            }
-        ),
     )
     return Recipe(transformers.Qwen3VLForConditionalGeneration, config, processor)

@@ -8,9 +8,8 @@ from harness.checkpoints import tokenizer as tokenizers
 from harness.checkpoints.recipes.base import Recipe
 
 
-def build(full: bool) -> Recipe:
+def build(_full: bool) -> Recipe:
     """See the module."""
-    del full
     tokenizer = tokenizers.build(["<|startoftranscript|>"])
     start = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
     config = transformers.WhisperConfig(
