@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from harness import cases
-from harness.engine import Request
+from harness.engine import Interface, Request
 from harness.engine_process import Server, stream
 from harness.matrix import ModelSpec
 from harness.media import Media, image, video
@@ -36,6 +37,9 @@ class Workload:
         text_only: every second request has no media.
         scattered: those requests are far from each other instead of in a row.
         again: each round asks the same as the one before, instead of about new media.
+        processed: the same media too, forgotten by the prefix cache, the encoder cache and the store and not by the
+            processor's cache: the time is that of the engine. Processing takes most of it otherwise, on the CPU, and
+            its noise hides what capture costs.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Workload:
     scattered: bool = False
     text_only: bool = False
     again: bool = False
+    processed: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -66,7 +71,7 @@ class Workload:
 
     def parts(self, round_number: int) -> Iterator[tuple[cases.Part, ...]]:
         """The prompt of each request."""
-        first = 0 if self.again else round_number * self.requests * self.items
+        first = 0 if self.again or self.processed else round_number * self.requests * self.items
         groups = self.requests // self.texts
         for index in range(self.requests):
             if self.text_only and index % 2:
@@ -84,9 +89,11 @@ class Workload:
 
 
 DISTINCT = Workload("distinct")
+PROCESSED = Workload("distinct-processed", processed=True)
 REPEATED = Workload("repeated", again=True)
 WORKLOADS = (
     DISTINCT,
+    PROCESSED,
     REPEATED,
     Workload("many-small", items=8, side=224),
     Workload("few-large", requests=16, side=2048),
@@ -144,8 +151,13 @@ def _of(server: Server) -> _Prepared:
     return prepared
 
 
-def prepare(server: Server, spec: ModelSpec, workload: Workload, round_number: int) -> None:
+async def prepare(server: Server, spec: ModelSpec, workload: Workload, round_number: int) -> None:
     """Makes the media and prompts of a round, for `run` or `arrive`."""
+    if workload.processed:
+        engine = server.engine if server.spec.interface is Interface.ASYNC_LLM else server.engine.llm_engine
+        for forgotten in (engine.reset_prefix_cache(), engine.reset_encoder_cache()):
+            if inspect.isawaitable(forgotten):
+                await forgotten
     params = {"temperature": 0.0, "max_tokens": workload.tokens, "ignore_eos": True}
     _of(server).requests = [Request(cases.prompt(spec, parts), params) for parts in workload.parts(round_number)]
 

@@ -149,7 +149,7 @@ def test_an_evicted_item_is_loaded_instead_of_encoded_where_that_is_asked_for(su
     media = [image(seed, 224, 224) for seed in range(301, 306)]
     # With neither the prefix cache nor the processor's, vLLM gives an item another name in each request. The prompts
     # are shorter than a block, so that the prefix cache has none of them.
-    encoding = chunking(subject)
+    encoding = chunking(subject, media)
     loading = subject.engine(max_num_batched_tokens=CHUNK, enable_mm_embedding_reuse=True)
     for item in media:
         rows(subject, loading, item)

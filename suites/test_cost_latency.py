@@ -29,7 +29,7 @@ def test_latency_under_poisson_arrivals(
     cost: Cost, benchmark: Any, record_property: Callable[[str, object], None]
 ) -> None:
     arms = cost.arms(Interface.ASYNC_LLM)
-    work = cost.scaled(load.DISTINCT)
+    work = cost.scaled(load.PROCESSED)
     for number, engine in enumerate(arms.values()):
         engine.call(load.prepare, cost.subject.spec, work, 1000 + number)
         engine.call(load.saturate)  # warms it up
