@@ -35,10 +35,12 @@ class Cost:
     Attributes:
         subject: the model.
         rounds: how often each arm runs a workload.
+        chosen: with --arm, the arms beside the two that a ratio needs, absent and capturing.
     """
 
     subject: Subject
     rounds: int
+    chosen: tuple[Arm, ...] = tuple(Arm)
 
     def arms(
         self,
@@ -61,6 +63,7 @@ class Cost:
         specs = {
             str(arm): self._spec(arm, interface, **options, **(capture_options or {} if arm is Arm.CAPTURING else {}))
             for arm in arms
+            if arm in (*self.chosen, Arm.ABSENT, Arm.CAPTURING)
         }
         if peer is not None:
             specs[peer[0]] = peer[1]
@@ -177,7 +180,8 @@ def offline(cost: Cost, arms: Mapping[str, Engine], workload: Workload) -> Round
 def cost(subject: Subject, pytestconfig: pytest.Config) -> Cost:
     """The arms of the model under test."""
     rounds: int | None = pytestconfig.getoption("--rounds")
-    return Cost(subject, rounds or (12 if on_gpu() else 2))
+    chosen = [Arm(arm) for arm in pytestconfig.getoption("--arm") or Arm]
+    return Cost(subject, rounds or (12 if on_gpu() else 2), tuple(chosen))
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
