@@ -1,4 +1,4 @@
-"""The arms of a benchmark, its interleaved rounds and their verdicts; pytest-benchmark's machine and storage."""
+"""The arms of a benchmark, its interleaved rounds and their verdicts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import pytest
 import torch
 
-from harness import environment, load, peers
+from harness import load, peers
 from harness.engine import Arm, Engine, EngineSpec, Interface
 from harness.load import Workload
 from harness.pytest_plugin.subject import Subject
@@ -178,26 +178,3 @@ def cost(subject: Subject, pytestconfig: pytest.Config) -> Cost:
     """The arms of the model under test."""
     rounds: int | None = pytestconfig.getoption("--rounds")
     return Cost(subject, rounds or (12 if on_gpu() else 2))
-
-
-def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    """With GPUs, driver and versions, which pytest-benchmark's own leaves out."""
-    return environment.describe()
-
-
-COMPARED = ("machine", "cpu", "gpus", "versions")
-"""Keys of the machine info in which two runs must be equal to be compared."""
-
-
-def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
-    """Refuses to compare unlike machines: the difference would be taken for one of the code."""
-    saved = compared_benchmark["machine_info"]
-    unlike = [
-        f"{key} {saved.get(key)} there and {machine_info[key]} here"
-        for key in COMPARED
-        if saved.get(key) != machine_info[key]
-    ]
-    if unlike:
-        raise pytest.UsageError(
-            f"--benchmark-compare: the saved run is of another machine ({'; '.join(unlike)}): name one of this machine"
-        )
