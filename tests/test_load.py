@@ -38,6 +38,14 @@ def test_several_texts_ask_about_the_same_media() -> None:
     assert not {*media(dataclasses.replace(TINY, texts=3), 1)} & {*media(dataclasses.replace(TINY, texts=3), 2)}
 
 
+def test_scattered_requests_about_the_same_media_are_far_from_each_other() -> None:
+    in_a_row, scattered = (dataclasses.replace(TINY, texts=3, scattered=each) for each in (False, True))
+    assert {*scattered.parts(1)} == {*in_a_row.parts(1)}
+    items = [parts[1:] for parts in scattered.parts(1)]
+    assert len({*items[:2]}) == 2
+    assert items[:2] == items[2:4] == items[4:]
+
+
 def test_every_second_request_may_be_of_text_only() -> None:
     prompts = list(dataclasses.replace(TINY, text_only=True).parts(0))
     numbers = [sum(isinstance(part, Media) for part in parts) for parts in prompts]
