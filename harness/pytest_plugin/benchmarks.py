@@ -90,18 +90,17 @@ class Cost:
 
     def judge(self, kind: str, ratios: Mapping[str, Ratio], record_property: Callable[[str, object], None]) -> None:
         """Records the ratios; on a GPU, fails the test that breaks its gate, or skips it as undecided."""
-        lines, verdicts = [], []
-        gate = self.subject.spec.gates[kind]
         self.record(ratios, record_property)
-        for name, ratio in ratios.items():
-            judgement = judge(ratio, gate)
-            verdicts.append(judgement.verdict)
-            lines.append(f"{name}: {ratio}: {judgement} (goal {gate.goal}, interval above {gate.limit})")
         if not on_gpu():
             record_property("verdict", "not judged on a CPU")
             return
-        text = "\n".join(lines)
-        record_property("verdict", text)
+        gate = self.subject.spec.gates[kind]
+        judgements = {name: judge(ratio, gate) for name, ratio in ratios.items()}
+        for name, judgement in judgements.items():
+            record_property(f"{name} verdict", str(judgement))
+        promised = f"(goal {gate.goal}, interval above {gate.limit})"
+        text = "\n".join(f"{name}: {ratios[name]}: {judgement} {promised}" for name, judgement in judgements.items())
+        verdicts = {judgement.verdict for judgement in judgements.values()}
         if Verdict.FAIL in verdicts:
             pytest.fail(text, pytrace=False)
         if Verdict.UNDECIDED in verdicts:
