@@ -63,7 +63,8 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict and, where it is undecided, about how many rounds more would decide it."""
+    """A verdict and, where it is undecided, how many rounds more would decide it in four of five cases, if the truth is
+    what was found so far."""
 
     verdict: Verdict
     more_rounds: int = 0
@@ -74,12 +75,14 @@ class Judgement:
         return self.verdict.value
 
 
-def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+def median_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Ratio:
     """Median over the rounds of ours/theirs, with the exact interval from order statistics (scipy's quantile_test).
 
     Raises:
         ValueError: not one positive number of each for every round, or no round.
     """
+    if len(ours) != len(theirs):
+        raise ValueError(f"rounds come in pairs: {len(ours)} and {len(theirs)}")
     ratios = _positive(ours) / _positive(theirs)
     interval = stats.quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)
     low, high = (float(interval.low), float(interval.high))
@@ -110,7 +113,7 @@ def pooled_ratio(
 
     indexes = np.arange(len(ours))
     value = ratio(indexes)
-    if len(ours) < _FEWEST:
+    if len(ours) < FEWEST:
         return Ratio(value, -math.inf, math.inf, len(ours))
     found = stats.bootstrap(
         (indexes,),
@@ -125,14 +128,17 @@ def pooled_ratio(
     return Ratio(value, float(low), float(high), len(ours))
 
 
-_FEWEST = 6
+FEWEST = 6
 """Rounds for an interval at 95 %: the exact one of a median needs as many."""
+
+
+_FOUR_OF_FIVE = ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / stats.norm.ppf(0.975)) ** 2
 
 
 def judge(ratio: Ratio, gate: Gate) -> Judgement:
     """Pass: the ratio reaches the goal and its interval lies above the limit. Fail: all of it lies below the goal."""
-    if ratio.rounds < _FEWEST or not math.isfinite(ratio.high):
-        return Judgement(Verdict.UNDECIDED, max(1, _FEWEST - ratio.rounds))
+    if ratio.rounds < FEWEST or not math.isfinite(ratio.high):
+        return Judgement(Verdict.UNDECIDED, max(1, FEWEST - ratio.rounds))
     if ratio.high < gate.goal:
         return Judgement(Verdict.FAIL)
     if ratio.value >= gate.goal and ratio.low > gate.limit:
@@ -142,11 +148,12 @@ def judge(ratio: Ratio, gate: Gate) -> Judgement:
         width, room = ratio.value - ratio.low, ratio.value - gate.limit
     else:
         width, room = ratio.high - ratio.value, gate.goal - ratio.value
-    needed = ratio.rounds * (width / max(room, 1e-4)) ** 2
+    # Where it would just touch it, every second session of as many rounds decides.
+    needed = _FOUR_OF_FIVE * ratio.rounds * (width / max(room, 1e-4)) ** 2
     return Judgement(Verdict.UNDECIDED, max(1, math.ceil(needed) - ratio.rounds))
 
 
-def _positive(values: Sequence[float]) -> np.ndarray:
+def _positive(values: Sequence[float] | np.ndarray) -> np.ndarray:
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not len(array) or not (array > 0).all():
         raise ValueError("a ratio needs one positive number a round")

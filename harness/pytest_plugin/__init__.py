@@ -15,6 +15,7 @@ from harness.engine import Arm
 from harness.goldens import UPDATE_MODES, GoldenError, Goldens
 from harness.pytest_plugin import benchmarks, differences
 from harness.pytest_plugin.recorder import Recorder
+from harness.pytest_plugin.saved import SavedRuns
 from harness.pytest_plugin.subject import EnginePool, Subject
 
 LEADING_MODEL = "qwen3_vl"
@@ -72,6 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.pluginmanager.register(differences, "mm-embedding-differences")
     config.pluginmanager.register(benchmarks, "mm-embedding-benchmarks")
+    saved = SavedRuns(config, config.stash[_MODELS], config.getoption("--engine-option"))
+    config.pluginmanager.register(saved, "mm-embedding-saved-runs")
 
 
 _MODELS = pytest.StashKey[list[tuple[matrix.ModelSpec, Path | None]]]()

@@ -1,4 +1,4 @@
-"""The arms of a benchmark, its interleaved rounds and their verdicts; pytest-benchmark's machine and storage."""
+"""The arms of a benchmark, its interleaved rounds and their verdicts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import pytest
 import torch
 
-from harness import environment, load, peers
+from harness import load, peers
 from harness.engine import Arm, Engine, EngineSpec, Interface
 from harness.load import Workload
 from harness.pytest_plugin.subject import Subject
@@ -93,18 +93,17 @@ class Cost:
 
     def judge(self, kind: str, ratios: Mapping[str, Ratio], record_property: Callable[[str, object], None]) -> None:
         """Records the ratios; on a GPU, fails the test that breaks its gate, or skips it as undecided."""
-        lines, verdicts = [], []
-        gate = self.subject.spec.gates[kind]
         self.record(ratios, record_property)
-        for name, ratio in ratios.items():
-            judgement = judge(ratio, gate)
-            verdicts.append(judgement.verdict)
-            lines.append(f"{name}: {ratio}: {judgement} (goal {gate.goal}, interval above {gate.limit})")
         if not on_gpu():
             record_property("verdict", "not judged on a CPU")
             return
-        text = "\n".join(lines)
-        record_property("verdict", text)
+        gate = self.subject.spec.gates[kind]
+        judgements = {name: judge(ratio, gate) for name, ratio in ratios.items()}
+        for name, judgement in judgements.items():
+            record_property(f"{name} verdict", str(judgement))
+        promised = f"(goal {gate.goal}, interval above {gate.limit})"
+        text = "\n".join(f"{name}: {ratios[name]}: {judgement} {promised}" for name, judgement in judgements.items())
+        verdicts = {judgement.verdict for judgement in judgements.values()}
         if Verdict.FAIL in verdicts:
             pytest.fail(text, pytrace=False)
         if Verdict.UNDECIDED in verdicts:
@@ -182,26 +181,3 @@ def cost(subject: Subject, pytestconfig: pytest.Config) -> Cost:
     rounds: int | None = pytestconfig.getoption("--rounds")
     chosen = [Arm(arm) for arm in pytestconfig.getoption("--arm") or Arm]
     return Cost(subject, rounds or (12 if on_gpu() else 2), tuple(chosen))
-
-
-def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    """With GPUs, driver and versions, which pytest-benchmark's own leaves out."""
-    return environment.describe()
-
-
-COMPARED = ("machine", "cpu", "gpus", "versions")
-"""Keys of the machine info in which two runs must be equal to be compared."""
-
-
-def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
-    """Refuses to compare unlike machines: the difference would be taken for one of the code."""
-    saved = compared_benchmark["machine_info"]
-    unlike = [
-        f"{key} {saved.get(key)} there and {machine_info[key]} here"
-        for key in COMPARED
-        if saved.get(key) != machine_info[key]
-    ]
-    if unlike:
-        raise pytest.UsageError(
-            f"--benchmark-compare: the saved run is of another machine ({'; '.join(unlike)}): name one of this machine"
-        )

@@ -1,22 +1,29 @@
 """Tables for README.md, made from a results file: ``python -m harness.report.readme results.json README.md [--check]``.
 
 The text between ``<!-- contract:begin -->`` and ``<!-- contract:end -->`` becomes the table of contract clauses, that
-between ``<!-- matrix:begin -->`` and ``<!-- matrix:end -->`` the table of models and suites. A file may have either or
-both. With ``--check`` nothing is written, and the exit status is 1 if the file is not up to date.
+between ``<!-- matrix:begin -->`` and ``<!-- matrix:end -->`` the table of models and suites, and that between
+``<!-- cost:begin -->`` and ``<!-- cost:end -->`` the table of benchmarks. A file may have any of them. With
+``--section`` only that one is filled in, such as the cost from another machine than the rest. With ``--check`` nothing
+is written, and the exit status is 1 if the file is not up to date.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from harness.cases import CASES
 from harness.contract import CLAUSES
+from harness.engine import Arm
 from harness.files import write_atomically
 from harness.report.tally import Tally, first_line, markdown, models_worst_first, reasons, suites, worst_row
 from harness.results import Results, ResultsError, TestRecord
+
+COST = "cost"
+"""The suite with a table of its own: its numbers are of a machine, and not of a model."""
 
 MOST_CASES = 5
 """More cases than these of one model and suite are counted and not named."""
@@ -40,7 +47,7 @@ def matrix_table(results: Results) -> str:
 
     The columns "video" and "audio" count the tests with such media again.
     """
-    records = [record for record in results.records if record.model is not None]
+    records = [record for record in results.records if record.model is not None and record.suite != COST]
     names = list(suites(records))
     media = [name for name in ("video", "audio") if any(_has(record, name) for record in records)]
     rows = [["model", *names, *media]]
@@ -66,6 +73,22 @@ def matrix_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def cost_table(results: Results) -> str:
+    """Markdown: a benchmark a row, with what was measured of each arm, the ratios with intervals, the verdicts."""
+    rows = [["model", "benchmark", "measured", "ratio [95 %]", "verdict"]]
+    for record in results.records:
+        if record.suite == COST:
+            ratios = [name for name in record.numbers if f"{name} value" in record.numbers]
+            shown = [f"{name} {record.numbers[name]}" for name in ratios]
+            label = f"{_label(record)}<br>**failed**" if record.outcome in ("failed", "error") else _label(record)
+            cells = (_measured(record, ratios), shown, _verdicts(record, ratios))
+            rows.append([f"`{record.model}`", label, *("<br>".join(cell) for cell in cells)])
+    return "\n".join(markdown(rows)) if len(rows) > 1 else "No benchmark ran in this session."
+
+
+SECTIONS = {"contract": contract_table, "cost": cost_table, "matrix": matrix_table}
+
+
 def provenance(results: Results) -> str:
     """One sentence: when, with which versions, on which machine."""
     environment = results.environment
@@ -77,14 +100,14 @@ def provenance(results: Results) -> str:
     return f"Generated from a session of {results.created[:10]}: {', '.join([*parts, machine])}.{state}"
 
 
-def fill(text: str, results: Results) -> str:
-    """The text with every marked section replaced.
+def fill(text: str, results: Results, sections: Sequence[str] = tuple(SECTIONS)) -> str:
+    """The text with every marked section of these replaced.
 
     Raises:
         ReadmeError: there is no marker, or one without its partner.
     """
     filled = 0
-    for name, table in (("contract", contract_table), ("matrix", matrix_table)):
+    for name in sections:
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         counts = (text.count(begin), text.count(end))
         if counts == (0, 0):
@@ -93,10 +116,10 @@ def fill(text: str, results: Results) -> str:
             raise ReadmeError(f"needs {begin} and then {end}, each once")
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)
-        text = f"{head}{begin}\n{table(results)}\n\n{provenance(results)}\n{end}{tail}"
+        text = f"{head}{begin}\n{SECTIONS[name](results)}\n\n{provenance(results)}\n{end}{tail}"
         filled += 1
     if not filled:
-        raise ReadmeError("has neither <!-- contract:begin --> nor <!-- matrix:begin -->")
+        raise ReadmeError(f"has none of {', '.join(f'<!-- {name}:begin -->' for name in sections)}")
     return text
 
 
@@ -105,11 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.report.readme", description="Fill in README's tables.")
     parser.add_argument("results", type=Path, help="JSON file that --results wrote")
     parser.add_argument("readme", type=Path, help="Markdown file with the markers")
+    parser.add_argument("--section", action="append", choices=SECTIONS, help="only this one; several may be given")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if not up to date")
     options = parser.parse_args(arguments)
     try:
         old = options.readme.read_text(encoding="utf-8")
-        new = fill(old, Results.read(options.results))
+        new = fill(old, Results.read(options.results), options.section or tuple(SECTIONS))
         if old == new:
             return 0
         if not options.check:
@@ -159,6 +183,46 @@ def _cell(tally: Tally) -> str:
         return text
     cosine, relative = worst_row(tally.worst)
     return f"{text}<br>cos {cosine}, L2 {relative}"
+
+
+def _label(record: TestRecord) -> str:
+    """Function and parameters, without the model."""
+    function, _, parameters = record.nodeid.rpartition("::")[2].partition("[")
+    name = function.removeprefix("test_").replace("_", " ")
+    chosen = parameters.removesuffix("]").removeprefix(record.model or "").removesuffix(record.model or "").strip("-")
+    return f"{name}: {chosen}" if chosen else name
+
+
+def _measured(record: TestRecord, ratios: Sequence[str]) -> list[str]:
+    """Such as "requests/s: absent 24.0, idle 23.9, capturing 23.8"; of percentiles the 99th."""
+    derived = {*ratios, *(f"{name} {part}" for name in ratios for part in ("value", "low", "high"))}
+    numbers = {
+        name: value
+        for name, value in record.numbers.items()
+        if isinstance(value, int | float) and name not in derived and not re.search(r" p(?!99)\d+ ms$", name)
+    }
+    arms = [f"{arm} " for arm in Arm]
+    measures = dict.fromkeys(name.partition(" ")[2] for name in numbers if name.startswith(tuple(arms)))
+    lines = []
+    for measure in measures:
+        # The plugin's arms in their order, whichever ran first, and then peers.
+        names = [f"{arm} {measure}" for arm in Arm] + [name for name in numbers if name.endswith(f" {measure}")]
+        by_arm = {name.removesuffix(f" {measure}"): numbers.pop(name) for name in names if name in numbers}
+        lines.append(f"{measure.replace('_', ' ')}: {', '.join(f'{arm} {value}' for arm, value in by_arm.items())}")
+    return lines + [f"{name}: {value}" for name, value in numbers.items() if name not in ("value", "axis")]
+
+
+def _verdicts(record: TestRecord, ratios: Sequence[str]) -> list[str]:
+    """One a ratio where there is a gate and a machine to judge on; else one of the test."""
+    if judged := [str(record.numbers[key]) for name in ratios if (key := f"{name} verdict") in record.numbers]:
+        return judged
+    if "verdict" in record.numbers:
+        return [str(record.numbers["verdict"])]
+    if record.outcome == "skipped":
+        return [f"not shown: {first_line(record.message)}"]
+    if record.outcome == "passed":
+        return ["no gate" if ratios else "passed"]
+    return [first_line(record.message)]
 
 
 def _has(record: TestRecord, modality: str) -> bool:

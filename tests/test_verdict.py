@@ -1,0 +1,142 @@
+"""Ratios, intervals and verdicts on samples whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from harness.verdict import Gate, Judgement, Ratio, Verdict, judge, median_ratio, pooled_ratio
+
+GATE = Gate(goal=0.99, limit=0.98)
+
+
+def paired(rng: np.random.Generator, rounds: int, ratio: float, noise: float) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds without capture and with it, where without is `ratio` of with."""
+    without, with_it = 1 + noise * rng.standard_normal((2, rounds)) / math.sqrt(2)
+    return ratio * without, with_it
+
+
+def p99(values: np.ndarray) -> float:
+    return float(np.percentile(values, 99))
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "verdict"),
+    [
+        (1.0, 0.985, 1.01, Verdict.PASS),
+        (0.99, 0.9801, 1.0, Verdict.PASS),
+        (0.97, 0.96, 0.9899, Verdict.FAIL),
+        (1.0, 0.98, 1.02, Verdict.UNDECIDED),  # may still be at the limit
+        (0.989, 0.985, 0.995, Verdict.UNDECIDED),  # below the goal, which may still hold
+        (0.95, 0.5, 1.4, Verdict.UNDECIDED),  # noise alone fails nothing
+        (1.3, 0.5, 2.0, Verdict.UNDECIDED),  # and passes nothing
+    ],
+)
+def test_a_gate_needs_the_ratio_and_its_interval(value: float, low: float, high: float, verdict: Verdict) -> None:
+    assert judge(Ratio(value, low, high, 12), GATE).verdict is verdict
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+@pytest.mark.parametrize("ours", [0.5, 1.0, 2.0])
+def test_too_few_rounds_decide_nothing(rounds: int, ours: float) -> None:
+    ratio = median_ratio([ours] * rounds, [1.0] * rounds)
+    assert ratio.value == ours
+    assert judge(ratio, GATE) == Judgement(Verdict.UNDECIDED, 6 - rounds)
+    assert str(ratio) == f"{ours:.4f} ({rounds} rounds, too few for an interval)"
+    samples = [[ours]] * rounds
+    assert judge(pooled_ratio(samples, [[1.0]] * rounds, p99), GATE) == Judgement(Verdict.UNDECIDED, 6 - rounds)
+
+
+def test_six_rounds_are_enough_for_an_interval() -> None:
+    ratio = median_ratio([0.9] * 6, [1.0] * 6)
+    assert (ratio.low, ratio.high) == (0.9, 0.9)
+    assert judge(ratio, GATE).verdict is Verdict.FAIL
+
+
+# Halfway between limit and goal, what was found so far is often on the wrong side.
+@pytest.mark.parametrize(("truth", "share"), [(1.0, 0.8), (0.995, 0.8), (0.985, 0.4), (0.975, 0.8)])
+def test_the_rounds_that_it_asks_for_mostly_decide(truth: float, share: float) -> None:
+    rng = np.random.default_rng(1)
+    asked, decided = [], []
+    for _ in range(150):
+        ours, theirs = paired(rng, 12, truth, noise=0.02)
+        found = judge(median_ratio(ours, theirs), GATE)
+        # Who happens to stand next to goal or limit is told a number that nobody will run.
+        if found.verdict is not Verdict.UNDECIDED or found.more_rounds > 400:
+            continue
+        asked.append(found.more_rounds)
+        more_ours, more_theirs = paired(rng, found.more_rounds, truth, noise=0.02)
+        ratio = median_ratio(np.concatenate([ours, more_ours]), np.concatenate([theirs, more_theirs]))
+        decided.append(judge(ratio, GATE).verdict is not Verdict.UNDECIDED)
+    assert len(asked) > 30
+    assert np.mean(decided) > share
+    assert np.median(asked) < 100
+    assert str(Judgement(Verdict.UNDECIDED, 7)) == "undecided: needs about 7 more rounds"
+
+
+@pytest.mark.parametrize("rounds", [6, 12, 40])
+def test_the_interval_of_the_median_covers_the_truth(rounds: int) -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(400):
+        ratio = median_ratio(*paired(rng, rounds, 1.03, noise=0.05))
+        covered += ratio.low <= 1.03 <= ratio.high
+    # Exact, so at least 95 % apart from the luck of 400 draws; and no wider than order statistics make it.
+    assert stats.binomtest(covered, 400, 0.95, alternative="less").pvalue > 0.001
+    assert covered < 400
+
+
+def test_the_pooled_interval_covers_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.verdict._RESAMPLES", 499)  # for speed
+    rng = np.random.default_rng(3)
+    truth = 1.25
+    covered = 0
+    for _ in range(40):
+        ours, theirs = truth * (1 + rng.random((12, 100))), 1 + rng.random((12, 100))
+        ratio = pooled_ratio(list(ours), list(theirs), p99)
+        covered += ratio.low <= truth <= ratio.high
+    assert covered >= 34
+
+
+def test_the_pooled_interval_draws_whole_rounds() -> None:
+    """Samples of a round go up and down together: taken one by one, they would pass for many more than there are."""
+    rng = np.random.default_rng(4)
+    level = 1 + 0.1 * rng.standard_normal((12, 1))
+    ours, theirs = level * (1 + 0.001 * rng.random((12, 200))), 1 + 0.001 * rng.random((12, 200))
+    ratio = pooled_ratio(list(ours), list(theirs), lambda values: float(np.mean(values)))
+    assert ratio.high - ratio.low > 0.05
+
+
+def test_drift_hits_both_arms_of_a_round() -> None:
+    """A machine that gets twice as slow: paired, a ratio of 0.97 shows; unpaired, nothing would."""
+    rng = np.random.default_rng(5)
+    drift = np.linspace(1, 2, 12)
+    without, with_it = (drift * each for each in paired(rng, 12, 0.97, noise=0.003))
+    assert judge(median_ratio(without, with_it), GATE).verdict is Verdict.FAIL
+    shuffled = [judge(median_ratio(without, rng.permutation(with_it)), GATE).verdict for _ in range(20)]
+    assert shuffled.count(Verdict.UNDECIDED) >= 18
+
+
+@pytest.mark.parametrize(("goal", "limit"), [(0.98, 0.99), (0.99, 0.0), (0.99, -1.0), (math.nan, 0.9)])
+def test_a_gate_that_promises_nothing(goal: float, limit: float) -> None:
+    with pytest.raises(ValueError, match="a gate needs 0 < limit <= goal, not goal="):
+        Gate(goal, limit)
+
+
+@pytest.mark.parametrize("ours", [[], [1.0, 0.0], [1.0, -1.0], [1.0, math.nan]])
+def test_a_round_without_a_time(ours: Sequence[float]) -> None:
+    with pytest.raises(ValueError, match="a ratio needs one positive number a round"):
+        median_ratio(ours, [1.0] * len(ours))
+
+
+def test_rounds_come_in_pairs() -> None:
+    with pytest.raises(ValueError, match="2 and 1"):
+        pooled_ratio([[1.0], [1.0]], [[1.0]], p99)
+    with pytest.raises(ValueError, match="0 and 0"):
+        pooled_ratio([], [], p99)
+    with pytest.raises(ValueError, match="2 and 1"):
+        median_ratio([1.0, 1.0], [1.0])  # which numpy would broadcast
