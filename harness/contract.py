@@ -22,5 +22,6 @@ CLAUSES: dict[str, str] = {
     "C12": "What cannot work says so at start-up in one sentence that names the option; never a silent `None`.",
     "C13": "The HTTP API's JSON is unchanged unless a request asks for the embedding.",
     "C14": "Capture on costs nothing that a user can measure; installed but off it costs nothing at all.",
+    "C15": "vLLM's own metrics show what is held and how often requests wait: `/metrics` and `LLM.get_metrics()`.",
 }
 """Clause id to what it promises, in the order of the contract."""

@@ -189,6 +189,26 @@ async def capture_stats(server: Server) -> dict[str, int]:
     return stats
 
 
+@pytest.mark.clause("C15")
+def test_the_metrics_count_what_is_captured(subject: Subject, engine: Engine, alone: dict[str, Completion]) -> None:
+    before = engine.call(metrics)
+    completion = engine.generate(subject.request(subject.item(14), "count"))[0][0]
+    after, stats = engine.call(metrics), engine.call(capture_stats)
+    assert after["captured_items"] == before["captured_items"] + 1, "the metrics do not count what is captured"
+    # Since the engine started: no step's share was lost, or counted twice.
+    shares = {"captured_items": "captured", "misses": "misses", "hits": "hits", "forced_prefills": "forced_prefills"}
+    assert {name: after[name] for name in shares} == {name: stats[key] for name, key in shares.items()}
+    assert after["mapped_bytes"] >= after["held_bytes"] >= embedding(completion).nbytes
+    assert after["admitted_requests"] == 0, "a completed request counts as running"
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """By their names without the prefix."""
+    prefix = "vllm:mm_embedding_"
+    found = {metric.name: metric.value for metric in server.engine.get_metrics() if metric.name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in found.items()}
+
+
 @pytest.mark.clause("C11")
 def test_everything_is_released_at_completion(
     subject: Subject, engine: Engine, alone: dict[str, Completion], record_property: Callable[[str, object], None]

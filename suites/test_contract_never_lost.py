@@ -12,7 +12,7 @@ from harness.engine import Completion, Engine, Request
 from harness.engine_process import Server
 from harness.media import Media, image
 from harness.pytest_plugin.subject import Subject
-from suites.test_contract_basics import assert_same, capture_stats, embedding
+from suites.test_contract_basics import assert_same, capture_stats, embedding, metrics
 
 pytestmark = [pytest.mark.suite("contract"), pytest.mark.clause("C7")]
 
@@ -91,10 +91,13 @@ def capped(subject: Subject) -> Engine:
 
 
 @pytest.mark.once
+@pytest.mark.clause("C15")
 def test_requests_wait_at_the_memory_cap(subject: Subject) -> None:
     engine = capped(subject)
     completions = engine.generate(*(subject.request(image(60 + index), "wait") for index in range(6)))
-    assert engine.call(capture_stats)["waits"] > 0, "no request had to wait: the condition did not happen"
+    waits = engine.call(capture_stats)["waits"]
+    assert waits > 0, "no request had to wait: the condition did not happen"
+    assert engine.call(metrics)["waits"] == waits, "the metrics do not show who waited"
     assert_own_rows(subject, engine, completions, [image(60 + index) for index in range(6)])
 
 

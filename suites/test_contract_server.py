@@ -20,6 +20,7 @@ import openai
 import psutil
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from harness.capture.http import decode
 from harness.engine import EngineError
@@ -129,6 +130,23 @@ def test_it_is_the_embedding(client: openai.OpenAI, subject: Subject) -> None:
     truth = subject.engine().generate(subject.request(image(101), "server"))[0][0].mm_embedding
     assert truth is not None
     torch.testing.assert_close(rows.float(), truth.float(), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.clause("C15")
+def test_the_metrics_show_what_is_captured(server: tuple[subprocess.Popen[bytes], str], client: openai.OpenAI) -> None:
+    def shown() -> dict[str, float]:
+        families = text_string_to_metric_families(httpx.get(f"{server[1]}/metrics").text)
+        return {sample.name: sample.value for family in families for sample in family.samples}
+
+    def used(values: dict[str, float]) -> float:  # the image may be held from the tests before
+        return sum(values[f"vllm:mm_embedding_{name}_total"] for name in ("hits", "misses"))
+
+    before = shown()
+    rows = decode(ask(client, **ASKED).choices[0].mm_embedding)
+    after = shown()
+    assert used(after) == used(before) + 1, "/metrics does not count the item"
+    assert after["vllm:mm_embedding_captured_items_total"] == 1, "one image, captured once"
+    assert after["vllm:mm_embedding_held_bytes"] >= rows.nbytes
 
 
 @pytest.mark.clause("C11")

@@ -188,6 +188,9 @@ def test_a_dead_engine_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def __init__(self, *_args: object) -> None:
             pass
 
+        def wait(self) -> None:
+            pass
+
         def shutdown(self) -> None:
             pass
 

@@ -16,6 +16,7 @@ from vllm.config import ECTransferConfig
 from vllm.distributed.ec_transfer import ensure_ec_transfer_shutdown, get_ec_transfer, has_ec_transfer
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorMetadata, ECConnectorRole
 
+from harness.capture.metrics import Changes, Poll, PromMetrics
 from harness.capture.scheduler import SchedulerCapture, StepPlan
 from harness.capture.settings import CONNECTOR, CaptureSettings
 from harness.capture.worker import WorkerCapture
@@ -36,6 +37,7 @@ class MMEmbeddingConnector(ECConnectorBase):
         self._requests: dict[str, Request] = {}
         self._encoder_cache: dict[str, torch.Tensor] = {}
         self.capture: Any = SchedulerCapture.of(vllm_config) if role is ECConnectorRole.SCHEDULER else WorkerCapture()
+        self._poll = Poll(self.capture) if isinstance(self.capture, SchedulerCapture) else None
 
     def shutdown(self) -> None:
         self.capture.close()
@@ -82,6 +84,24 @@ class MMEmbeddingConnector(ECConnectorBase):
         self.capture.request_finished(request.request_id)
         return False, None
 
+    def get_ec_connector_stats(self) -> Changes | None:
+        return self._poll() if self._poll is not None else None  # a worker is asked too, and counts nothing
+
+    # Frontend.
+
+    @classmethod
+    def build_ec_connector_stats(cls, data: dict[str, Any] | None = None) -> Changes:
+        return Changes.for_log(data)
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any, **kwargs: Any) -> PromMetrics:
+        return PromMetrics(*args, **kwargs)
+
+
+def transfer_config() -> ECTransferConfig:
+    """The part of an engine's configuration that names the connector."""
+    return ECTransferConfig(ec_connector=CONNECTOR, ec_connector_module_path=__name__, ec_role="ec_consumer")
+
 
 _executors: weakref.WeakKeyDictionary[Executor, bool] = weakref.WeakKeyDictionary()
 """The engines of this process, and whether each captures. More than one only where vLLM runs in-process."""
@@ -109,9 +129,7 @@ def activated(executor: Executor, vllm_config: VllmConfig) -> Iterator[None]:
     if settings.enabled:
         options = vllm_config.model_config.multimodal_config
         users = options.enable_mm_embeds, options.allow_missing_mm_embeddings
-        vllm_config.ec_transfer_config = ECTransferConfig(
-            ec_connector=CONNECTOR, ec_connector_module_path=__name__, ec_role="ec_consumer"
-        )
+        vllm_config.ec_transfer_config = transfer_config()
         yield
         # A draft model's configuration is made and validated in there, and shares these options.
         options.enable_mm_embeds, options.allow_missing_mm_embeddings = users

@@ -1,7 +1,11 @@
-"""Frontend side: takes the handle off a request's first output, reads the rows and puts them on the last one."""
+"""Frontend side: takes the handle off a request's first output, reads the rows and puts them on the last one.
+
+It also tells vLLM's loggers of the connector, whose metrics they show.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,12 +18,15 @@ from vllm.v1.engine import FinishReason
 from harness.capture import transport
 from harness.capture.patches import Patch
 from harness.capture.scheduler import DELIVERY
+from harness.capture.settings import CaptureSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from vllm.config import VllmConfig
     from vllm.outputs import RequestOutput
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.metrics.loggers import StatLoggerManager
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,20 @@ def _keep_when_merged(original: Callable[..., Any]) -> Callable[..., Any]:
     return add
 
 
+def _with_connector(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def initialise(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        if CaptureSettings.of(vllm_config).enabled:
+            from harness.capture.connector import transfer_config
+
+            # A copy: elsewhere in the frontend the configuration stays as the user made it, and is sent to engines.
+            vllm_config = copy.copy(vllm_config)
+            vllm_config.ec_transfer_config = transfer_config()
+        original(self, vllm_config, *args, **kwargs)
+
+    return initialise
+
+
 def install_fields() -> None:
     """Gives every CompletionOutput the attributes, None by default, also where capture is off."""
     for name in FIELDS:
@@ -177,5 +198,22 @@ PATCHES = (
         _keep_when_merged,
         "Merges outputs for a slow consumer and copies only the fields that it names.",
         _REMOVE_WHEN,
+    ),
+    Patch(
+        "vllm.v1.metrics.loggers",
+        "StatLoggerManager.__init__",
+        (
+            "self",
+            "vllm_config",
+            "engine_idxs",
+            "custom_stat_loggers",
+            "enable_default_loggers",
+            "aggregate_engine_logging",
+            "client_count",
+        ),
+        _with_connector,
+        "The loggers make a connector's metrics from the frontend's configuration, which names none: it was set in the "
+        "engine core. Statistics of a connector that they do not know end the output handler.",
+        "an encoder-cache connector can observe without being a producer or a consumer",
     ),
 )

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,8 +47,7 @@ class Item:
         return self.num_rows * self.width * getattr(torch, self.dtype).itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
+class Stats(NamedTuple):
     """The store now (upper part), and what happened since it was made (lower part). Bytes count whole blocks."""
 
     held_bytes: int

@@ -175,6 +175,22 @@ def leases_never_end() -> None:
     EmbeddingStore._end_lease = lambda self, lease: None  # type: ignore[method-assign]
 
 
+def metrics_count_totals() -> None:
+    """The metrics are sent totals, which they add up."""
+    from harness.capture.metrics import COUNTERS, Poll
+
+    def totals(original: Any) -> Any:
+        def poll(self: Any) -> Any:
+            changes = original(self)
+            if changes is not None:
+                changes.data.update({key: self._last[key] for key in changes.data if key in COUNTERS})
+            return changes
+
+        return poll
+
+    _replace(Poll, "__call__", totals)
+
+
 def aborted_requests_never_released() -> None:
     """Leak: a request that is aborted is kept, with its items if it had no output yet."""
     from harness.capture.scheduler import SchedulerCapture
