@@ -185,7 +185,7 @@ class Arena:
         capacity_bytes: cap of the blocks' footprints together.
         segment_bytes: size of a segment; a larger block gets a segment of its own.
         lease_seconds: a lease that is not done by then has expired (its reader died).
-        retain_seconds: how long a segment without blocks is kept. The writer's device needs some 0.5 ms a MiB to get
+        retain_seconds: how long a segment without blocks is kept. The writer's device needs about 1 ms a MiB to get
             used to a new one, so that a load that comes and goes must not make and drop them all the time.
     """
 
@@ -194,7 +194,7 @@ class Arena:
         capacity_bytes: int,
         segment_bytes: int = 32 << 20,
         lease_seconds: float = 120.0,
-        retain_seconds: float = 2.0,
+        retain_seconds: float = 30.0,
     ) -> None:
         if capacity_bytes <= 0 or segment_bytes <= 0 or lease_seconds <= 0 or retain_seconds < 0:
             raise ValueError("capacity_bytes, segment_bytes and lease_seconds must be positive")

@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="keyword argument of vLLM's EngineArgs for all engines, the value as YAML: tensor_parallel_size=2",
     )
     group.addoption(
-        "--rounds", type=int, metavar="N", help="of a benchmark, by default 12 on a GPU, and 2 on a CPU to see it work"
+        "--rounds", type=int, metavar="N", help="of a benchmark, by default 12 on a GPU, and 1 on a CPU to see it work"
     )
     group.addoption("--peers", action="store_true", help="benchmark other ways to get at embeddings too")
     group.addoption("--golden-store", type=Path, metavar="FOLDER", help="of the goldens of your own checkpoints")

@@ -179,5 +179,6 @@ def offline(cost: Cost, arms: Mapping[str, Engine], workload: Workload) -> Round
 def cost(subject: Subject, pytestconfig: pytest.Config) -> Cost:
     """The arms of the model under test."""
     rounds: int | None = pytestconfig.getoption("--rounds")
-    chosen = [Arm(arm) for arm in pytestconfig.getoption("--arm") or Arm]
-    return Cost(subject, rounds or (12 if on_gpu() else 2), tuple(chosen))
+    every = Arm if on_gpu() else [Arm.ABSENT, Arm.CAPTURING]  # three engines are much for few cores
+    chosen = [Arm(arm) for arm in pytestconfig.getoption("--arm") or every]
+    return Cost(subject, rounds or (12 if on_gpu() else 1), tuple(chosen))
