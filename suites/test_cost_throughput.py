@@ -35,7 +35,7 @@ def test_growth(cost: Cost, axis: str, value: int, benchmark: Any, record_proper
     changed: dict[str, Any] = {axis: value}
     workload = dataclasses.replace(Workload(f"{axis}-{value}", requests=16, side=448), **changed)
     record_property("axis", axis)
-    record_property("value", value)
+    record_property("value", getattr(cost.scaled(workload), axis))
     arms = cost.arms(Interface.LLM, [Arm.ABSENT, Arm.CAPTURING])
     ratios = measure(cost, arms, workload, benchmark, record_property)
     cost.record(ratios, record_property)

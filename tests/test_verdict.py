@@ -140,3 +140,26 @@ def test_rounds_come_in_pairs() -> None:
         pooled_ratio([], [], p99)
     with pytest.raises(ValueError, match="2 and 1"):
         median_ratio([1.0, 1.0], [1.0])  # which numpy would broadcast
+
+
+# Seconds a round of 64 requests about images of 1024 x 1024 that were processed before: Qwen3-VL-4B's dimensions, vLLM
+# 0.33, eager, one NVIDIA H100 of a shared host, 2026-11-25.
+RECORDED = {
+    "absent": [4.10, 4.22, 3.79, 4.26, 4.06, 4.10, 4.52, 4.18, 4.64, 4.91, 3.98, 4.71],
+    "idle": [4.41, 4.19, 4.16, 4.35, 4.59, 4.70, 4.11, 3.97, 4.46, 4.32, 4.11, 4.78],
+    "capturing": [4.39, 4.57, 4.54, 4.34, 4.50, 4.24, 4.24, 4.48, 4.62, 4.52, 4.08, 4.58],
+}
+
+
+@pytest.mark.parametrize("name", ["idle", "capturing"])
+def test_recorded_rounds_as_noisy_as_these_decide_nothing(name: str) -> None:
+    ratio = median_ratio(RECORDED["absent"], RECORDED[name])
+    assert ratio.low < GATE.limit < GATE.goal < ratio.high
+    assert judge(ratio, GATE).verdict is Verdict.UNDECIDED
+    assert judge(ratio, GATE).more_rounds > 100
+
+
+@pytest.mark.parametrize(("slower", "verdict"), [(1.05, Verdict.UNDECIDED), (1.15, Verdict.FAIL)])
+def test_a_loss_shows_in_recorded_rounds_once_it_is_larger_than_their_noise(slower: float, verdict: Verdict) -> None:
+    slowed = [slower * seconds for seconds in RECORDED["idle"]]
+    assert judge(median_ratio(RECORDED["absent"], slowed), GATE).verdict is verdict

@@ -22,6 +22,9 @@ T = TypeVar("T")
 GPU_OPTIONS = {"max_model_len": 8192, "max_num_seqs": 48, "kv_cache_memory_bytes": 8 << 30}
 """Of an engine among three on a GPU."""
 
+MOST_IMAGES = 8
+"""Of a request of a workload."""
+
 
 def on_gpu() -> bool:
     """Where cost is judged. On a CPU the benchmarks run small, to see that they work."""
@@ -77,7 +80,8 @@ class Cost:
 
     def _spec(self, arm: Arm, interface: Interface, **options: Any) -> EngineSpec:
         in_process = not on_gpu() and interface is Interface.LLM  # a core and a frontend of each on two cores is much
-        settings = {**(GPU_OPTIONS if on_gpu() else {}), **options}
+        limits = {modality: MOST_IMAGES if modality == "image" else 1 for modality in self.subject.spec.placeholders}
+        settings = {**(GPU_OPTIONS | {"limit_mm_per_prompt": limits} if on_gpu() else {}), **options}
         return self.subject.engine_spec(arm, interface, in_process=in_process, **settings)
 
     def scaled(self, workload: Workload) -> Workload:

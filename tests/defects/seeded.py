@@ -191,6 +191,21 @@ def metrics_count_totals() -> None:
     _replace(Poll, "__call__", totals)
 
 
+def reuse_loads_rows_shifted() -> None:
+    """Re-use puts the rows of an item into the encoder cache one row further."""
+    from harness.capture.worker import WorkerCapture
+
+    def shifted(original: Any) -> Any:
+        def load(self: Any, plan: Any, encoder_cache: Any) -> None:
+            original(self, plan, encoder_cache)
+            for item, _ in plan.loads:
+                encoder_cache[item.identifier] = encoder_cache[item.identifier].roll(1, 0)
+
+        return load
+
+    _replace(WorkerCapture, "load", shifted)
+
+
 def aborted_requests_never_released() -> None:
     """Leak: a request that is aborted is kept, with its items if it had no output yet."""
     from harness.capture.scheduler import SchedulerCapture
