@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -114,3 +115,31 @@ def test_what_no_message_holds_is_an_error(capture: SchedulerCapture, monkeypatc
     with pytest.raises(frontend.MMEmbeddingError, match=f"{nbytes} bytes are too many for a message"):
         frontend._read(delivered(capture, "another host"))
     assert_nothing_is_held(capture)
+
+
+def told(features: list[MultiModalFeatureSpec], params: SamplingParams | None, enabled: bool = True) -> Any:
+    """The frontend's request, whose parameters vLLM has copied as they asked for."""
+    options = SimpleNamespace(enable_return_mm_embedding=enabled)
+    processor = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=options))
+    request = SimpleNamespace(mm_features=features, sampling_params=params and params.clone())
+    return frontend._tell_where(lambda _processor: request)(processor)
+
+
+def test_a_request_tells_where_its_frontend_is_and_the_users_parameters_stay() -> None:
+    given = {"return_mm_embedding_levels": True}
+    for params in (
+        SamplingParams(),
+        SamplingParams(extra_args=given),
+        SamplingParams(extra_args=given, skip_clone=True),
+    ):
+        before = dict(params.extra_args or {})
+        assert told([feature("a", 0)], params).sampling_params.extra_args == {**before, READER: whereabouts()}
+        assert (params.extra_args or {}) == before
+
+
+def test_nothing_is_told_where_nothing_is_captured() -> None:
+    opted_out = SamplingParams(extra_args={"return_mm_embedding": False})
+    assert told([feature("a", 0)], None).sampling_params is None
+    assert told([], SamplingParams()).sampling_params.extra_args is None
+    assert told([feature("a", 0)], SamplingParams(), enabled=False).sampling_params.extra_args is None
+    assert told([feature("a", 0)], opted_out).sampling_params.extra_args == opted_out.extra_args
