@@ -60,6 +60,13 @@ def answers(subject: Subject) -> dict[str, str]:
         "rust frontend": {**model, "environment": {"VLLM_USE_RUST_FRONTEND": "1"}},
         "cache": {**model, "mm_embedding_cache_gb": -1.0},
         "memory": {**model, "mm_embedding_memory_gb": 0.0},
+        "one engine on two hosts": {
+            **model,
+            "nnodes": 2,
+            "tensor_parallel_size": 2,
+            "distributed_executor_backend": "mp",
+        },
+        "engines on two hosts": {**model, "data_parallel_size": 2, "data_parallel_size_local": 1},
     }
     done = python(PROGRAM, json.dumps(attempts))
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
@@ -78,6 +85,7 @@ def answers(subject: Subject) -> dict[str, str]:
         ("rust frontend", ("enable_return_mm_embedding", "VLLM_USE_RUST_FRONTEND")),
         ("cache", ("mm_embedding_cache_gb", "-1.0")),
         ("memory", ("mm_embedding_memory_gb", "0.0")),
+        ("one engine on two hosts", ("enable_return_mm_embedding", "nnodes is 2")),
     ],
 )
 def test_refused_in_one_sentence(answers: dict[str, str], attempt: str, words: tuple[str, ...]) -> None:
@@ -89,6 +97,7 @@ def test_refused_in_one_sentence(answers: dict[str, str], attempt: str, words: t
 @pytest.mark.clause("C1")
 def test_the_options_are_accepted_and_enable_mm_embeds_is_the_users(answers: dict[str, str]) -> None:
     assert answers["possible"] == "accepted, enable_mm_embeds=False"
+    assert answers["engines on two hosts"].startswith("accepted, ")
     assert answers["MultiModalConfig"]
 
 

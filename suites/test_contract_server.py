@@ -30,17 +30,21 @@ from harness.pytest_plugin.subject import KV_CACHE_BYTES, Subject
 pytestmark = [pytest.mark.suite("contract"), pytest.mark.once, pytest.mark.clause("C13")]
 
 
-@pytest.fixture(scope="module")
-def server(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`vllm serve`, and its address."""
-    subject.pool.shutdown()  # their memory is needed, and none is used here
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(subject.path), "--served-model-name", "model"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager"]
-    command += ["--max-num-seqs", "8", "--enable-return-mm-embedding"]
+        port: int = free.getsockname()[1]
+    return port
+
+
+@contextlib.contextmanager
+def _serving(
+    subject: Subject, log: Path, *options: str, inside: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`vllm serve`, started by the command `inside`."""
+    command = [*inside, str(Path(sys.executable).parent / "vllm"), "serve", str(subject.path)]
+    command += ["--served-model-name", "model", "--max-model-len", "1024", "--enforce-eager"]
+    command += ["--max-num-seqs", "8", "--enable-return-mm-embedding", *options]
     if torch.cuda.is_available():
         command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--gpu-memory-utilization", "0.15"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -49,11 +53,21 @@ def server(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
+        yield process
+    finally:
+        _end(process)
+
+
+@pytest.fixture(scope="module")
+def server(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`vllm serve`, and its address."""
+    subject.pool.shutdown()  # their memory is needed, and none is used here
+    port = _free_port()
+    log = tmp_path_factory.mktemp("server") / "log"
+    with _serving(subject, log, "--host", "127.0.0.1", "--port", str(port)) as process:
         address = f"http://127.0.0.1:{port}"
         _wait_until_healthy(process, address, log)
         yield process, address
-    finally:
-        _end(process)
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +177,27 @@ def test_a_killed_frontend_leaves_nothing(server: tuple[subprocess.Popen[bytes],
     _gone, alive = psutil.wait_procs(tree, timeout=5)
     left = [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
     assert not left, f"processes outlived the server: {left}"
+
+
+def test_an_engine_in_another_container(subject: Subject, tmp_path: Path) -> None:
+    """As `vllm serve --headless` on another host: the server cannot open the engine core's memory."""
+    elsewhere = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    if subprocess.run([*elsewhere, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("a pid namespace of one's own is not permitted")
+    subject.pool.shutdown()
+    port, log, engine_log = _free_port(), tmp_path / "log", tmp_path / "engine log"
+    shared = ["--data-parallel-size", "1", "--data-parallel-address", "127.0.0.1"]
+    shared += ["--data-parallel-rpc-port", str(_free_port())]
+    api = ["--host", "127.0.0.1", "--port", str(port), "--data-parallel-size-local", "0"]
+    address = f"http://127.0.0.1:{port}"
+    with (
+        _serving(subject, engine_log, *shared, "--headless", "--data-parallel-size-local", "1", inside=elsewhere),
+        _serving(subject, log, *shared, *api) as process,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        _wait_until_healthy(process, address, log)
+        rows = decode(ask(client, max_completion_tokens=1, **ASKED).choices[0].mm_embedding)
+    assert "Embeddings go through the sockets" in engine_log.read_text()
+    truth = subject.engine().generate(subject.request(image(101), "server"))[0][0].mm_embedding
+    assert truth is not None
+    torch.testing.assert_close(rows.float(), truth.float(), rtol=0.1, atol=0.1)

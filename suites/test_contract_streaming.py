@@ -9,13 +9,14 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 import torch
 
-from harness.engine import Engine, EngineError, Interface, Request
-from harness.engine_process import Server, stream
+from harness.engine import Completion, Engine, EngineError, Interface, Request
+from harness.engine_process import Server, generate, stream
 from harness.media import image
 from harness.pytest_plugin.subject import Subject
 from suites.test_contract_basics import capture_stats
@@ -56,6 +57,44 @@ def test_only_the_final_output_carries_it(subject: Subject, engine: Engine, kind
     assert rows is not None, "the final output has no mm_embedding"
     assert truth is not None
     torch.testing.assert_close(rows, truth)
+
+
+async def generate_from_elsewhere(server: Server, requests: list[Request]) -> tuple[list[list[Completion]], int]:
+    """As from a frontend on another host; and how many handles it got, which it could not open there."""
+    from harness.capture import frontend, transport
+
+    with (
+        mock.patch.object(frontend, "whereabouts", return_value="another host"),
+        mock.patch.object(transport, "read", wraps=transport.read) as read,
+    ):
+        return await generate(server, requests), read.call_count
+
+
+@pytest.mark.clause("C2", "C3", "C8", "C11")
+def test_a_frontend_elsewhere_gets_the_same(subject: Subject, engine: Engine) -> None:
+    levels = {"return_mm_embedding_levels": True}
+    requests = [
+        subject.request(image(94), "one token", max_tokens=1),
+        subject.request(image(95, 64, 160), "and", image(94), extra_args=levels),
+        subject.request(image(95, 64, 160), "children", n=2, temperature=1.0),
+        subject.request("text"),
+    ]
+    # One after another the first time, so that each has its own encoder run.
+    here = [engine.generate(request)[0] for request in requests]
+    elsewhere, handles = engine.call(generate_from_elsewhere, requests)
+    assert handles == 0, "a frontend elsewhere got a handle, which it cannot open"
+    for own, others in zip(here, elsewhere, strict=True):
+        for expected, found in zip(own, others, strict=True):
+            assert found.mm_embedding_items == expected.mm_embedding_items
+            for name in ("mm_embedding", "mm_embedding_levels"):
+                rows, truth = getattr(found, name), getattr(expected, name)
+                assert (rows is None) == (truth is None), name
+                if truth is not None:
+                    assert rows.is_contiguous()
+                    torch.testing.assert_close(rows, truth)
+    assert here[1][0].mm_embedding_levels is not None, "no levels were asked for: the test could not fail"
+    stats = engine.call(capture_stats)
+    assert not any(stats[name] for name in ("admitted", "requests", "leases", "held_bytes")), f"still held: {stats}"
 
 
 async def abort_many(server: Server, requests: list[Request], seed: int) -> Counter[str]:

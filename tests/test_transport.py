@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,10 @@ from harness.capture.transport import (
     Writer,
     discard,
     footprint,
+    pack,
     read,
+    unpack,
+    whereabouts,
 )
 
 PAGE = 4096
@@ -832,9 +836,13 @@ def test_a_killed_reader_loses_its_lease() -> None:
         handle = remote_lease(owner, block)
         with running(serve_read, handle, 30.0) as reader:
             wait_until_open(reader, block.segment)
-        assert owner.call("reap") == ([], [])
-        time.sleep(2)
-        done, expired = owner.call("reap")
+        done: list[Lease] = []
+        expired: list[Lease] = []
+        deadline = time.monotonic() + 30
+        while not expired and time.monotonic() < deadline:
+            time.sleep(0.1)
+            for found, more in zip((done, expired), owner.call("reap"), strict=True):
+                found += more
         assert done == []
         assert [lease.generation for lease in expired] == [handle["lease"][1]]
         owner.call("free", block)
@@ -863,3 +871,53 @@ def test_a_process_that_may_not_open_the_memory(arena: Arena, monkeypatch: pytes
     with pytest.raises(TransportError, match="same user") as caught:
         read(handle)
     assert not isinstance(caught.value, BlockGone)
+
+
+# --- readers elsewhere -----------------------------------------------------------------------------------------------
+
+
+def whereabouts_of(*command: str, first: str = "pass") -> str:
+    """As a process tells them that is started by this command and runs `first`; skips where that is not permitted."""
+    permitted = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+    if permitted.returncode != 0:
+        pytest.skip(f"{command[0]} is not permitted: {permitted.stderr}")
+    program = f"import os; from {transport.__name__} import whereabouts; {first}; print(whereabouts())"
+    done = subprocess.run([*command, sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_a_process_beside_this_one_is_at_the_same_place() -> None:
+    assert whereabouts_of("env") == whereabouts()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["unshare", "--pid", "--fork", "--mount-proc"], id="pid namespace"),
+        pytest.param(["unshare", "--user", "--map-current-user"], id="user namespace"),
+    ],
+)
+def test_a_process_in_another_namespace_is_elsewhere(command: list[str]) -> None:
+    assert whereabouts_of(*command) not in ("", whereabouts())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_a_process_of_another_user_is_elsewhere() -> None:
+    assert whereabouts_of("env", first="os.seteuid(65534)") not in ("", whereabouts())
+
+
+@pytest.mark.parametrize("shape", [(10, WIDTH), (0, WIDTH)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_go_through_a_message(dtype: str, shape: tuple[int, int]) -> None:
+    rows = make_rows(1, shape[0], dtype)
+    received = unpack(msgspec.msgpack.decode(msgspec.msgpack.encode(pack(rows))))
+    assert (received.dtype, received.shape, received.is_contiguous()) == (rows.dtype, rows.shape, True)
+    assert torch.equal(received, rows)
+
+
+def test_unpacked_rows_are_the_receivers_own() -> None:
+    """In one process nothing is sent, and the message is the sender's memory."""
+    rows = make_rows(1)
+    received = unpack(pack(rows))
+    rows.zero_()
+    assert torch.equal(received, make_rows(1))

@@ -18,13 +18,15 @@ from vllm.v1.engine import FinishReason
 from harness.capture import transport
 from harness.capture.patches import Patch
 from harness.capture.scheduler import DELIVERY
-from harness.capture.settings import CaptureSettings
+from harness.capture.settings import READER, CaptureSettings, RequestOptions
+from harness.capture.transport import whereabouts
 
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.outputs import RequestOutput
-    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+    from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
     from vllm.v1.metrics.loggers import StatLoggerManager
 
@@ -78,7 +80,7 @@ def _read(delivery: dict[str, Any]) -> _Embeddings:
     """
     if (error := delivery.get("error")) is not None:
         raise MMEmbeddingError(error)
-    packed = transport.read(delivery["handle"])
+    packed = transport.unpack(delivery["rows"]) if "rows" in delivery else transport.read(delivery["handle"])
     hidden_size = delivery["hidden_size"]
     items, start = [], 0
     for modality, num_rows, identifier in delivery["items"]:
@@ -88,6 +90,20 @@ def _read(delivery: dict[str, Any]) -> _Embeddings:
     if delivery["levels"]:
         levels = packed[:, hidden_size:].unflatten(1, (-1, hidden_size)).transpose(0, 1).contiguous()
     return _Embeddings(packed[:, :hidden_size].contiguous(), levels, items)
+
+
+def _tell_where(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> EngineCoreRequest:
+        request: EngineCoreRequest = original(self, *args, **kwargs)
+        params, options = request.sampling_params, self.model_config.multimodal_config
+        enabled = getattr(options, "enable_return_mm_embedding", False)
+        if enabled and request.mm_features and params is not None and RequestOptions.of(params.extra_args).capture:
+            # The parameters are vLLM's copy, but it may be a shallow one.
+            params.extra_args = {**(params.extra_args or {}), READER: whereabouts()}
+        return request
+
+    return process_inputs
 
 
 def _take_deliveries(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,6 +189,19 @@ def install_fields() -> None:
 _REMOVE_WHEN = "CompletionOutput has mm_embedding upstream"
 
 PATCHES = (
+    Patch(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor.process_inputs",
+        (
+            *("self", "request_id", "prompt", "params", "supported_tasks", "arrival_time", "lora_request"),
+            *("tokenization_kwargs", "trace_headers", "priority", "data_parallel_rank", "resumable", "session_id"),
+            "kv_hints",
+        ),
+        _tell_where,
+        "The engine core must know whether the frontend can read its memory. Requests are made here, in the process "
+        "that gets their outputs; OutputProcessor.add_request does not know whether capture is on.",
+        _REMOVE_WHEN,
+    ),
     Patch(
         "vllm.v1.engine.output_processor",
         "OutputProcessor.process_outputs",

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 
 from harness.capture.settings import CaptureSettings, RequestOptions
 from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, Loan
-from harness.capture.transport import Address, Arena, Block, SegmentId
+from harness.capture.transport import Address, Arena, Block, SegmentId, TransportError, pack, read, whereabouts
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -25,6 +25,13 @@ logger = init_logger("vllm.mm_embedding")
 
 DELIVERY = "mm_embedding"
 """Key of EngineCoreOutput.ec_transfer_params for what the frontend gets with a request's first output."""
+
+
+_STAMP_SECONDS = 5.0
+"""How long a step may wait for copies whose step is over, which therefore are there or about to be."""
+
+_MESSAGE_BYTES = 2**32 - 1
+"""The most that msgpack has one field for."""
 
 
 @dataclass
@@ -65,6 +72,7 @@ class _Capture:
     features: list[MultiModalFeatureSpec]  # likewise
     levels: bool = False
     delivered: bool = False
+    reader: str | None = None  # where it is, see settings.READER
 
 
 def _in_prompt_order(features: Iterable[MultiModalFeatureSpec]) -> list[MultiModalFeatureSpec]:
@@ -190,7 +198,7 @@ class SchedulerCapture:
             except ItemTooLarge as error:
                 self._fail(request, f"{error} (mm_embedding_memory_gb)")
                 return None
-            capture = _Capture(items, features, options.levels)
+            capture = _Capture(items, features, options.levels, reader=options.reader)
         self._captures[request.request_id] = capture
         return capture
 
@@ -285,7 +293,7 @@ class SchedulerCapture:
                 self.store.release(output.request_id)
             else:
                 delivery = {
-                    "handle": self.store.deliver(output.request_id),
+                    **self._rows(output.request_id, capture),
                     "hidden_size": self.hidden_size,
                     "items": [
                         [feature.modality, item.num_rows, item.identifier]
@@ -294,6 +302,22 @@ class SchedulerCapture:
                     "levels": capture.levels,
                 }
         output.ec_transfer_params = {**(output.ec_transfer_params or {}), DELIVERY: delivery}
+
+    def _rows(self, request_id: str, capture: _Capture) -> dict[str, Any]:
+        """The handle of the rows; for a frontend that cannot open this process's memory the rows themselves."""
+        if capture.reader in (None, whereabouts()):
+            return {"handle": self.store.deliver(request_id)}
+        logger.info_once(
+            "Embeddings go through the sockets, which is slower than shared memory, because a frontend is on another "
+            "host, in another container or another user's."
+        )
+        if (nbytes := sum(item.nbytes for item in capture.items)) > _MESSAGE_BYTES:
+            self.store.release(request_id)
+            return {"error": f"Request {request_id} has no mm_embedding: {nbytes} bytes are too many for a message."}
+        try:
+            return {"rows": pack(read(self.store.deliver(request_id), _STAMP_SECONDS))}
+        except TransportError as error:
+            return {"error": f"Request {request_id} has no mm_embedding: {error}."}
 
     def reset(self) -> None:
         """The weights changed: what was captured before is of no use to later requests."""

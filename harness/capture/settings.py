@@ -16,6 +16,9 @@ RETURN = "return_mm_embedding"
 RETURN_LEVELS = "return_mm_embedding_levels"
 """Key of SamplingParams.extra_args: True asks for the deepstack levels too."""
 
+READER = "mm_embedding_reader"
+"""Key of SamplingParams.extra_args, set by the frontend: where it is (transport.whereabouts)."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -129,11 +132,10 @@ def cannot_capture(vllm_config: VllmConfig) -> str | None:
             f"kv_transfer_config has kv_role={kv_config.kv_role!r}, so that prompts arrive already computed and the "
             "encoder does not run; capture on the producer"
         )
-    remote_engines = parallel_config.data_parallel_size_local < parallel_config.data_parallel_size
-    if parallel_config.nnodes > 1 or (remote_engines and not parallel_config.local_engines_only):
+    if parallel_config.nnodes > 1:
         return (
-            "embeddings go through shared memory and the engine spans several hosts (nnodes, "
-            "data_parallel_size_local); run one engine a host"
+            f"nnodes is {parallel_config.nnodes}, and an engine's workers write to memory that they share with it; run "
+            "one engine a host"
         )
     if envs.VLLM_USE_RUST_FRONTEND:
         return "VLLM_USE_RUST_FRONTEND is set, and that frontend passes no embeddings on; unset it"
@@ -153,14 +155,16 @@ class RequestOptions:
     Attributes:
         capture: return the embeddings.
         levels: return the deepstack levels too.
+        reader: where the frontend is that reads them (transport.whereabouts), if it has told.
     """
 
     capture: bool
     levels: bool
+    reader: str | None = None
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> RequestOptions:
         """Reads `SamplingParams.extra_args`."""
         extra_args = extra_args or {}
         capture = bool(extra_args.get(RETURN, True))
-        return cls(capture, capture and bool(extra_args.get(RETURN_LEVELS, False)))
+        return cls(capture, capture and bool(extra_args.get(RETURN_LEVELS, False)), extra_args.get(READER))

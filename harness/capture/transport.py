@@ -5,7 +5,8 @@ stamps the block's header with its generation. The reader waits for the stamps, 
 lease was alive all the while, and marks the lease as done in the ledger, one more memfd. Nothing is sent back.
 
 The segments have no name in any file system: other processes of the same user open them through /proc/<pid>/fd, and
-the kernel frees them when the processes are gone, however they ended.
+the kernel frees them when the processes are gone, however they ended. Where a reader cannot (`whereabouts` differ), the
+owner reads for it, and `pack` and `unpack` are for sending the rows.
 
 Why a reader never sees foreign bytes: a block is freed only after its leases are done or expired; the owner withdraws
 an expired lease in the ledger *before* it frees the block; and the reader looks at the ledger after its copy. The
@@ -16,6 +17,7 @@ generations start at a random number, so that no data looks like a stamp.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import secrets
@@ -370,6 +372,16 @@ class Arena:
 # --- another process's memory ----------------------------------------------------------------------------------------
 
 
+@functools.cache
+def whereabouts() -> str:
+    """Where this process runs: which kernel, pid and user namespace, and user. Where two are equal, each can open the
+    other's segments. It may be possible elsewhere too, but pids and user ids there may also mean others.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    namespaces = [Path(f"/proc/self/ns/{kind}").stat().st_ino for kind in ("pid", "user")]
+    return f"{boot} {namespaces} {os.geteuid()}"
+
+
 @contextmanager
 def _opened(address: Address, segment: SegmentId, flags: int) -> Iterator[int]:
     """A descriptor of the owner's segment.
@@ -652,7 +664,7 @@ def read(handle: dict[str, Any], timeout: float = 60.0) -> Tensor:
     deadline = time.monotonic() + timeout
     with _open_lease(address, handle) as is_alive:
         rows = torch.empty((sum(span.num_rows for span in spans), width), dtype=getattr(torch, dtype))
-        into = rows.view(-1).view(torch.uint8).numpy().data
+        into = _bytes_of(rows)
         for span in spans:
             with _opened(address, span.block.segment, os.O_RDONLY) as fd:
                 _wait(fd, span.block, address, is_alive, deadline)
@@ -664,6 +676,22 @@ def read(handle: dict[str, Any], timeout: float = 60.0) -> Tensor:
         if not is_alive():
             raise _lease_gone()
     return rows
+
+
+def pack(rows: Tensor) -> dict[str, Any]:
+    """A contiguous CPU tensor for msgpack: {"shape": list, "dtype": torch's name, "data": its memory, not copied}."""
+    return {"shape": list(rows.shape), "dtype": str(rows.dtype).removeprefix("torch."), "data": _bytes_of(rows)}
+
+
+def unpack(message: dict[str, Any]) -> Tensor:
+    """The tensor of `pack`, as it is or decoded from msgpack, in memory of its own."""
+    rows = torch.empty(message["shape"], dtype=getattr(torch, message["dtype"]))
+    _bytes_of(rows)[:] = message["data"]
+    return rows
+
+
+def _bytes_of(rows: Tensor) -> memoryview:
+    return rows.view(-1).view(torch.uint8).numpy().data
 
 
 def discard(handle: dict[str, Any]) -> None:

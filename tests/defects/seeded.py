@@ -302,6 +302,15 @@ def lost_when_merged() -> None:
     frontend.FIELDS = ()  # type: ignore[assignment]
 
 
+def handle_sent_elsewhere() -> None:
+    """A frontend that cannot open the engine core's memory gets a handle all the same."""
+    from harness.capture.scheduler import SchedulerCapture
+
+    SchedulerCapture._rows = (  # type: ignore[method-assign]
+        lambda self, request_id, capture: {"handle": self.store.deliver(request_id)}
+    )
+
+
 def refusal_removed() -> None:
     """Every configuration passes for one that can capture."""
     from harness.capture import settings
