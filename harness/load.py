@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import inspect
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,7 +85,7 @@ class Workload:
             yield (text, *media) if self.texts > 1 else (*media, text)
 
     def _item(self, number: int) -> Media:
-        seed = 10_000 + number
+        seed = zlib.crc32(self.name.encode()) + number  # other media than those of other workloads
         return image(seed, self.side, self.side) if self.frames == 1 else video(seed, self.frames, self.side, self.side)
 
 
@@ -155,9 +156,10 @@ async def prepare(server: Server, spec: ModelSpec, workload: Workload, round_num
     """Makes the media and prompts of a round, for `run` or `arrive`."""
     if workload.processed:
         engine = server.engine if server.spec.interface is Interface.ASYNC_LLM else server.engine.llm_engine
-        for forgotten in (engine.reset_prefix_cache(), engine.reset_encoder_cache()):
-            if inspect.isawaitable(forgotten):
-                await forgotten
+        for forgotten in (engine.reset_encoder_cache(), engine.reset_prefix_cache()):
+            succeeded = await forgotten if inspect.isawaitable(forgotten) else forgotten
+        if not succeeded:  # of the last: the other returns nothing
+            raise RuntimeError("the prefix cache still has blocks in use: a round is not over")
     params = {"temperature": 0.0, "max_tokens": workload.tokens, "ignore_eos": True}
     _of(server).requests = [Request(cases.prompt(spec, parts), params) for parts in workload.parts(round_number)]
 

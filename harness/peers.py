@@ -21,10 +21,7 @@ from harness.reference import Reference
 SECOND_PASS = "second pass"
 
 PEERS: dict[str, dict[str, Any]] = {
-    "ECExampleConnector": {
-        "ec_connector": "ECExampleConnector",
-        "ec_connector_extra_config": {"shared_storage_path": "/dev/shm/vllm-mm-embedding-peer"},
-    },
+    "ECExampleConnector": {"ec_connector": "ECExampleConnector"},
     "ECCPUConnector": {"ec_connector": "ECCPUConnector", "ec_connector_extra_config": {"ec_cpu_bytes": 4 << 30}},
     "in-band prototype": {"ec_connector": "InBandConnector", "ec_connector_module_path": "harness.in_band"},
     SECOND_PASS: {},

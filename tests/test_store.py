@@ -240,6 +240,41 @@ def test_cached_items_are_evicted_before_the_arena_grows_over_its_cap(make_engin
 # --- re-use ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_lent_item_is_there_until_the_loan_ends(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(cache_bytes=BLOCK)
+    engine.run("1", item("a"))
+    loan = engine.store.lend(item("a"))
+    assert loan is not None
+    engine.run("2", item("b"))  # takes the room of the cache
+    engine.run("3", item("c"))
+    assert torch.equal(engine.writer.fetch(loan.block, (7, WIDTH), torch.float32), rows_of(item("a")))
+    engine.store.end_loan(loan)
+    engine.store.end_loan(loan)
+    assert engine.store.stats().held_bytes == engine.store.stats().cached_bytes == BLOCK
+    assert engine.store.lend(item("c")) is None, "the room is that of the last one that was let go of"
+
+
+def test_what_is_not_copied_yet_is_not_lent(engine: Engine) -> None:
+    assert engine.store.lend(item("a")) is None
+    engine.store.acquire("1", [item("a")])
+    assert engine.store.lend(item("a")) is None
+    [(_, block)] = engine.dispatch("1")
+    assert engine.store.lend(item("a")) is None, "the worker was told to copy it and has not"
+    engine.writer.write(block, rows_of(item("a")))
+    assert engine.store.lend(item("a")) is not None
+
+
+def test_a_loan_outlives_a_reset(engine: Engine) -> None:
+    engine.run("1", item("a"))
+    loan = engine.store.lend(item("a"))
+    assert loan is not None
+    engine.store.reset()
+    assert engine.store.lend(item("a")) is None, "the weights changed"
+    assert engine.store.stats().held_bytes == BLOCK
+    engine.store.end_loan(loan)
+    assert engine.store.stats().held_bytes == 0
+
+
 def test_a_cached_item_is_used_again(engine: Engine) -> None:
     engine.run("1", item("a"))
     assert engine.store.stats().cached_bytes == engine.store.stats().held_bytes == BLOCK

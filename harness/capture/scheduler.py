@@ -101,11 +101,14 @@ class SchedulerCapture:
     dtype: str
     forced_prefills: int = 0
     """Requests whose prefix-cache hit was passed by, because it covered an item that the store does not hold."""
+    reused: int = 0
+    """Items that were loaded into the encoder cache instead of encoded again."""
     _captures: dict[str, _Capture] = field(default_factory=dict)
     _failures: dict[str, str] = field(default_factory=dict)
     _ended: list[str] | None = None
     _asked: dict[str, Item] = field(default_factory=dict)  # items of the request that is being scheduled
-    _loans: list[Loan] = field(default_factory=list)  # of the step that is being scheduled
+    _promised: dict[str, Loan] = field(default_factory=dict)  # those of them that the step may load
+    _loans: list[Loan] = field(default_factory=list)  # those that it will load
     _loans_of_steps: deque[list[Loan]] = field(default_factory=deque)  # of those under way
 
     @classmethod
@@ -137,6 +140,7 @@ class SchedulerCapture:
         # A request that ends in this step is gone for vLLM: its own metrics do not count it as running.
         ending = sum(request_id in self._captures for request_id in self._ended or ())
         own = {"admitted": len(self._captures) - ending, "forced_prefills": self.forced_prefills}
+        own["reused"] = self.reused
         return {**self.store.stats()._asdict(), **own}
 
     def close(self) -> None:
@@ -229,7 +233,15 @@ class SchedulerCapture:
         loads = [(loan.item, loan.block) for loan in self._loans]
         self._loans_of_steps.append(self._loans)
         self._loans = []
-        made, given_back = self.store.take_made(), self.store.take_given_back()
+        for loan in self._promised.values():  # there was no room for the request after all
+            self.store.end_loan(loan)
+        self._promised.clear()
+        made: list[SegmentId] = []
+        given_back: list[SegmentId] = []
+        if (
+            scheduler_output.total_num_scheduled_tokens
+        ):  # otherwise vLLM's V1 runner does not show the plan to its worker
+            made, given_back = self.store.take_made(), self.store.take_given_back()
         return StepPlan(self._arena.address, copies, loads, self.settings.reuse, made, given_back)
 
     def _loadable(self, capture: _Capture) -> dict[str, Item]:
@@ -243,13 +255,22 @@ class SchedulerCapture:
         }
 
     def has(self, identifier: str) -> bool:
-        """Whether an item of the request that `admit` was asked about last can be loaded instead of encoded."""
-        return (item := self._asked.get(identifier)) is not None and self.store.has(item)
+        """Whether an item of the request that `admit` was asked about last is loaded instead of encoded.
+
+        A yes is a promise, for which the item is held from now on: vLLM does not encode it then, and it must not be
+        evicted before the worker reads it.
+        """
+        if identifier not in self._promised and (item := self._asked.get(identifier)) is not None:
+            loan = self.store.lend(item)
+            if loan is not None:
+                self._promised[identifier] = loan
+        return identifier in self._promised
 
     def allocated(self, identifier: str) -> None:
-        """The encoder cache has room for the item, which this step encodes, or loads if the store has it."""
-        if self.has(identifier) and (loan := self.store.lend(self._asked[identifier])) is not None:
+        """The encoder cache has room for the item: this step loads it if that was promised, or else encodes it."""
+        if (loan := self._promised.pop(identifier, None)) is not None:
             self._loans.append(loan)
+            self.reused += 1
 
     def request_finished(self, request_id: str) -> None:
         """Lets go of the request's embeddings; within a step after its outputs were delivered."""

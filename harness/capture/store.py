@@ -58,7 +58,6 @@ class Stats(NamedTuple):
     leases: int
 
     captured: int
-    reused: int
     hits: int
     misses: int
     evictions: int
@@ -106,8 +105,7 @@ class EmbeddingStore:
         self._requests: dict[str, list[_Entry]] = {}  # in the request's item order, with repeats
         self._leases: dict[int, tuple[Lease, list[_Entry]]] = {}
         self._loans: dict[Loan, _Entry] = {}
-        self._captured = self._reused = self._hits = self._misses = 0
-        self._evictions = self._waits = self._expired = 0
+        self._captured = self._hits = self._misses = self._evictions = self._waits = self._expired = 0
         self._reaper: threading.Thread | None = None
         self._closed = threading.Event()
 
@@ -199,22 +197,15 @@ class EmbeddingStore:
             spans = [Span(entry.block, entry.item.num_rows, entry.item.width, entry.item.dtype) for entry in entries]
             return self._arena.handle(lease, spans)
 
-    def has(self, item: Item) -> bool:
-        """Whether the item's rows are in its block by now."""
-        with self._lock:
-            entry = self._index.get(item)
-            return entry is not None and entry.dispatched and self._arena.stamped(entry.block)
-
     def lend(self, item: Item) -> Loan | None:
-        """Holds an item that the store `has` until `end_loan`; None if it has it no more."""
+        """Holds an item whose rows are in its block until `end_loan`; None if they are not."""
         with self._lock:
             entry = self._index.get(item)
-            if entry is None or not entry.dispatched:
+            if entry is None or not entry.dispatched or not self._arena.stamped(entry.block):
                 return None
             loan = Loan(item, entry.block)
             self._hold(entry, loan)
             self._loans[loan] = entry
-            self._reused += 1
             return loan
 
     def end_loan(self, loan: Loan) -> None:
@@ -271,7 +262,6 @@ class EmbeddingStore:
                 requests=len(self._requests),
                 leases=len(self._leases),
                 captured=self._captured,
-                reused=self._reused,
                 hits=self._hits,
                 misses=self._misses,
                 evictions=self._evictions,

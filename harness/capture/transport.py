@@ -375,10 +375,14 @@ class Arena:
 @functools.cache
 def whereabouts() -> str:
     """Where this process runs: which kernel, pid and user namespace, and user. Where two are equal, each can open the
-    other's segments. It may be possible elsewhere too, but pids and user ids there may also mean others.
+    other's segments. It may be possible elsewhere too, but pids and user ids there may also mean others. What cannot
+    be told (a sandbox without these files) is equal to nothing.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    namespaces = [Path(f"/proc/self/ns/{kind}").stat().st_ino for kind in ("pid", "user")]
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespaces = [Path(f"/proc/self/ns/{kind}").stat().st_ino for kind in ("pid", "user")]
+    except OSError:
+        return secrets.token_hex()
     return f"{boot} {namespaces} {os.geteuid()}"
 
 
@@ -488,6 +492,8 @@ class _CudaCopier:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(1, "mm-embedding-pages", initializer=self._use_device)
+        # Of its own: it waits for the device, and registering must not wait behind it.
+        self._dropping = ThreadPoolExecutor(1, "mm-embedding-dropped", initializer=self._use_device)
         self._registered: dict[int, Future[None]] = {}  # by address
 
     def _use_device(self) -> None:
@@ -499,7 +505,7 @@ class _CudaCopier:
 
     def detach(self, pages: Tensor) -> None:
         registered = self._registered.pop(pages.data_ptr())
-        self._thread.submit(self._unregister, registered, self._stream.record_event(), pages)
+        self._dropping.submit(self._unregister, registered, self._stream.record_event(), pages)
 
     @staticmethod
     def _unregister(registered: Future[None], idle: torch.cuda.Event, pages: Tensor) -> None:
@@ -528,6 +534,7 @@ class _CudaCopier:
 
     def close(self) -> None:
         self._thread.shutdown()
+        self._dropping.shutdown()
 
 
 def _register(pages: Tensor) -> None:
@@ -695,11 +702,11 @@ def _bytes_of(rows: Tensor) -> memoryview:
 
 
 def discard(handle: dict[str, Any]) -> None:
-    """Ends a lease without reading it (its request was aborted). Nothing happens if it or its owner has ended."""
-    try:
-        with _open_lease(_decode(handle)[0], handle):
-            pass
-    except BlockGone:
+    """Ends a lease without reading it (its request was aborted).
+
+    Nothing happens if it or its owner has ended, or if this process may not open it: it expires by itself.
+    """
+    with suppress(TransportError), _open_lease(_decode(handle)[0], handle):
         pass
 
 

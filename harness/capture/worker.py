@@ -34,11 +34,10 @@ class WorkerCapture:
         An item that is not there, or has another shape than planned, is stamped as failed: its requests end with an
         error. Raising would hide the encoder's own error, which is the likely reason.
         """
-        if not (plan.copies or plan.prepare or plan.drop):
+        if not (plan.copies or plan.drop):
             return
-        writer = self._writer(plan.owner)
         if _is_first_rank():
-            writer.prepare(plan.prepare)
+            writer = self._writer(plan.owner)
             copies: list[tuple[Block, Tensor]] = []
             for item, block in plan.copies:
                 rows = _rows(item, encoder_cache.get(item.identifier), plan.whole)
@@ -47,10 +46,16 @@ class WorkerCapture:
                 else:
                     copies.append((block, rows))
             writer.write_many(copies)
-        writer.drop(plan.drop)
+        if plan.owner in self._writers:
+            self._writers[plan.owner].drop(plan.drop)
 
     def load(self, plan: StepPlan, encoder_cache: dict[str, Tensor]) -> None:
-        """Puts kept items into the encoder cache, on every rank. Must run before the encoder's output is used."""
+        """Puts kept items into the encoder cache, on every rank. Must run before the encoder's output is used.
+
+        Prepares new segments too: before the encoder runs, so that they are ready when its output is copied.
+        """
+        if plan.prepare and _is_first_rank():
+            self._writer(plan.owner).prepare(plan.prepare)
         for item, block in plan.loads:
             shape = (item.num_rows, item.width)
             encoder_cache[item.identifier] = self._writer(plan.owner).fetch(block, shape, getattr(torch, item.dtype))

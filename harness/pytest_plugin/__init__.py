@@ -62,6 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if results is not None and (results.is_dir() or not results.parent.is_dir()):
         # Found out after hours, it would lose all that was measured.
         raise pytest.UsageError(f"--results: {results} cannot be written: name a file in a folder that exists")
+    if (rounds := config.getoption("--rounds")) is not None and rounds < 1:
+        raise pytest.UsageError(f"--rounds: {rounds} must be 1 or more")
     try:
         names = config.getoption("--model")
         config.stash[_MODELS] = [models.find(name) for name in names or matrix.load_all()]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from harness import cases, observe
+from harness.capture.settings import OPTIONS
 from harness.compare import Tolerance
 from harness.engine import Arm, Completion, Engine, EngineError, EngineSpec, Interface, Request
 from harness.matrix import ModelSpec
@@ -153,7 +154,12 @@ class Subject:
             # ends meanwhile. The utilization is only what must be free at the start.
             options = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "gpu_memory_utilization": 0.15, **options}
         environment = (("HF_HUB_OFFLINE", "1"), ("VLLM_CPU_KVCACHE_SPACE", "1"))
-        pairs = tuple(sorted({**options, **self.user_options}.items()))
+        users = {  # an engine that does not capture knows the plugin's options not, or refuses them
+            name: value
+            for name, value in self.user_options.items()
+            if arm is Arm.CAPTURING or name not in {option.name for option in OPTIONS}
+        }
+        pairs = tuple(sorted({**options, **users}.items()))
         return EngineSpec(str(self.path), arm, interface, in_process, _Frozen(pairs), environment)
 
     def request(self, *parts: cases.Part, **params: Any) -> Request:
