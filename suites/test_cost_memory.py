@@ -34,8 +34,8 @@ def forget(server: Server) -> None:
 
 
 async def mapped(server: Server) -> int:
-    stats = await server.capture_stats()
-    return 0 if stats is None else stats["mapped_bytes"]
+    found = None if server.spec.arm is Arm.ABSENT else await server.capture_stats()
+    return 0 if found is None else found["mapped_bytes"]
 
 
 def settled(engine: Engine) -> int:
