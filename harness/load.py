@@ -142,14 +142,17 @@ class Latencies:
 
 
 @dataclass
-class _Prepared:
+class Prepared:
+    """The requests of a round, and the outputs that `run` was told to keep."""
+
     requests: list[Request] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
 
 
-def _of(server: Server) -> _Prepared:
-    prepared: _Prepared = server.__dict__.setdefault("prepared", _Prepared())
-    return prepared
+def prepared(server: Server) -> Prepared:
+    """What `prepare` put there for the engine."""
+    found: Prepared = server.__dict__.setdefault("prepared", Prepared())
+    return found
 
 
 async def prepare(server: Server, spec: ModelSpec, workload: Workload, round_number: int) -> None:
@@ -161,23 +164,23 @@ async def prepare(server: Server, spec: ModelSpec, workload: Workload, round_num
         if not succeeded:  # of the last: the other returns nothing
             raise RuntimeError("the prefix cache still has blocks in use: a round is not over")
     params = {"temperature": 0.0, "max_tokens": workload.tokens, "ignore_eos": True}
-    _of(server).requests = [Request(cases.prompt(spec, parts), params) for parts in workload.parts(round_number)]
+    prepared(server).requests = [Request(cases.prompt(spec, parts), params) for parts in workload.parts(round_number)]
 
 
 def run(server: Server, keep: bool = False) -> Sample:
     """The prepared requests as one offline batch. `keep`: until `drop`, as a user who collects the outputs does."""
     from vllm import SamplingParams
 
-    prepared = _of(server)
-    prompts = [dict(request.prompt) for request in prepared.requests]
-    params = [SamplingParams(**request.params) for request in prepared.requests]
+    round_ = prepared(server)
+    prompts = [dict(request.prompt) for request in round_.requests]
+    params = [SamplingParams(**request.params) for request in round_.requests]
     began = time.perf_counter()
     outputs = server.engine.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - began
     completions = [completion for output in outputs for completion in output.outputs]
     found = [rows for completion in completions if (rows := getattr(completion, "mm_embedding", None)) is not None]
     if keep:
-        prepared.outputs += outputs
+        round_.outputs += outputs
     return Sample(
         seconds=seconds,
         requests=len(outputs),
@@ -195,7 +198,7 @@ def drop(server: Server) -> None:
 
 async def arrive(server: Server, rate: float, seed: int) -> Latencies:
     """The prepared requests, each at its time: a Poisson process of `rate` requests a second, the same for a seed."""
-    requests = _of(server).requests
+    requests = prepared(server).requests
     gaps = np.random.default_rng(seed).exponential(1 / rate, len(requests))
     due = time.perf_counter() + 0.05 + np.cumsum(gaps)
     timed = await asyncio.gather(*(_timed(server, *pair) for pair in zip(requests, due.tolist(), strict=True)))
@@ -216,7 +219,7 @@ async def _timed(server: Server, request: Request, due: float) -> tuple[float, f
 
 async def saturate(server: Server) -> float:
     """Requests a second of the prepared requests, all at once."""
-    requests = _of(server).requests
+    requests = prepared(server).requests
     began = time.perf_counter()
     await asyncio.gather(*(_timed(server, request, began) for request in requests))
     return len(requests) / (time.perf_counter() - began)

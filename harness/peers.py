@@ -18,29 +18,30 @@ from harness import load
 from harness.engine_process import Server
 from harness.reference import Reference
 
-SECOND_PASS = "second pass"
+SECOND_PASS = f"{__name__}:mark_second_pass"
+"""Setup (EngineSpec) of the engine whose requests are encoded again."""
 
 PEERS: dict[str, dict[str, Any]] = {
     "ECExampleConnector": {"ec_connector": "ECExampleConnector"},
     "ECCPUConnector": {"ec_connector": "ECCPUConnector", "ec_connector_extra_config": {"ec_cpu_bytes": 4 << 30}},
     "in-band prototype": {"ec_connector": "InBandConnector", "ec_connector_module_path": "harness.in_band"},
-    SECOND_PASS: {},
+    "second pass": {},
 }
-"""Arguments of ECTransferConfig beside its role, by the peer's name."""
+"""Arguments of ECTransferConfig beside its role, by the peer's name; none for an engine with the setup SECOND_PASS."""
 
 
 def mark_second_pass() -> None:
-    """Setup of the engine whose requests are encoded again by Hugging Face; vLLM itself stays as it is."""
+    """Does nothing: vLLM itself stays as it is."""
 
 
 def run(server: Server) -> load.Sample:
     """As load.run, with the second pass where the engine is marked for it."""
     sample = load.run(server)
-    if server.spec.setup != f"{__name__}:{mark_second_pass.__name__}":
+    if server.spec.setup != SECOND_PASS:
         return sample
     encode = _second_pass(server)
     began = time.perf_counter()
-    rows = [encode(request) for request in server.__dict__["prepared"].requests]
+    rows = [encode(request) for request in load.prepared(server).requests]
     return dataclasses.replace(
         sample, seconds=sample.seconds + time.perf_counter() - began, rows=sum(len(each) for each in rows)
     )

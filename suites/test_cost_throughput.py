@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from harness.engine import Arm, Engine, Interface
-from harness.engine_process import Server
 from harness.load import DISTINCT, REPEATED, WORKLOADS, Workload
 from harness.peers import PEERS
 from harness.pytest_plugin.benchmarks import Cost, offline, on_gpu
 from harness.verdict import Ratio, median_ratio
+from suites.test_contract_basics import capture_stats
 
 Record = Callable[[str, object], None]
 
@@ -67,7 +67,7 @@ def test_items_asked_about_again(cost: Cost, benchmark: Any, record_property: Re
     both = [Arm.ABSENT, Arm.CAPTURING]
     arms = cost.arms(Interface.LLM, both, capture_options=reuse, max_num_batched_tokens=tokens)
     ratios = measure(cost, arms, work, benchmark, record_property)
-    reused = arms[Arm.CAPTURING].call(stats)["reused"]
+    reused = arms[Arm.CAPTURING].call(capture_stats)["reused"]
     record_property("reused", reused)
     assert reused > 0 or not on_gpu(), "nothing left the encoder cache: the condition did not happen"
     cost.judge("reuse", ratios, record_property)
@@ -78,16 +78,10 @@ def test_repeats_that_the_store_does_not_hold(cost: Cost, benchmark: Any, record
     too_small = {"mm_embedding_cache_gb": 0.0}
     arms = cost.arms(Interface.LLM, [Arm.ABSENT, Arm.CAPTURING], capture_options=too_small)
     ratios = measure(cost, arms, REPEATED, benchmark, record_property)
-    forced = arms[Arm.CAPTURING].call(stats)["forced_prefills"]
+    forced = arms[Arm.CAPTURING].call(capture_stats)["forced_prefills"]
     record_property("forced prefills", forced)
     assert forced > 0 or not on_gpu(), "no prefix-cache hit covered an image: the condition did not happen"
     cost.record(ratios, record_property)
-
-
-async def stats(server: Server) -> dict[str, int]:
-    found = await server.capture_stats()
-    assert found is not None
-    return found
 
 
 def measure(

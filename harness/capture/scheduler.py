@@ -131,7 +131,7 @@ class SchedulerCapture:
         self.store = EmbeddingStore(self._arena, self.settings.cache_bytes)
 
     def stats(self) -> dict[str, int]:
-        """Counts of the store (see store.Stats), `admitted` (requests that have not ended), and `forced_prefills`."""
+        """Counts of the store (see store.Stats), `admitted` (requests that have not ended), and of this class."""
         self.store.reap()
         return self.counts()
 
@@ -139,8 +139,8 @@ class SchedulerCapture:
         """The same, cheap enough for every step: without a look at the leases, of which some may be done."""
         # A request that ends in this step is gone for vLLM: its own metrics do not count it as running.
         ending = sum(request_id in self._captures for request_id in self._ended or ())
-        own = {"admitted": len(self._captures) - ending, "forced_prefills": self.forced_prefills}
-        own["reused"] = self.reused
+        admitted = len(self._captures) - ending
+        own = {"admitted": admitted, "forced_prefills": self.forced_prefills, "reused": self.reused}
         return {**self.store.stats()._asdict(), **own}
 
     def close(self) -> None:
@@ -238,9 +238,8 @@ class SchedulerCapture:
         self._promised.clear()
         made: list[SegmentId] = []
         given_back: list[SegmentId] = []
-        if (
-            scheduler_output.total_num_scheduled_tokens
-        ):  # otherwise vLLM's V1 runner does not show the plan to its worker
+        # In a step without tokens vLLM's V1 runner does not show the plan to its worker.
+        if scheduler_output.total_num_scheduled_tokens:
             made, given_back = self.store.take_made(), self.store.take_given_back()
         return StepPlan(self._arena.address, copies, loads, self.settings.reuse, made, given_back)
 

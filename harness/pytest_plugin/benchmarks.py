@@ -76,7 +76,7 @@ class Cost:
         """For `arms`: an engine without the plugin, with the encoder-cache connector of harness.peers.PEERS."""
         if config:
             return name, self._spec(Arm.ABSENT, Interface.LLM, ec_transfer_config=dict(config, ec_role="ec_both"))
-        return name, dataclasses.replace(self._spec(Arm.ABSENT, Interface.LLM), setup="harness.peers:mark_second_pass")
+        return name, dataclasses.replace(self._spec(Arm.ABSENT, Interface.LLM), setup=peers.SECOND_PASS)
 
     def _spec(self, arm: Arm, interface: Interface, **options: Any) -> EngineSpec:
         in_process = not on_gpu() and interface is Interface.LLM  # a core and a frontend of each on two cores is much
