@@ -43,38 +43,52 @@ class Server:
             raise RuntimeError("the engine core is in another process: use an engine with in_process=True")
         return self.engine.llm_engine.engine_core.engine_core
 
+    @property
+    def llm_engine(self) -> Any:
+        """vLLM's LLMEngine; or AsyncLLM, which has its attributes, and most of its methods as coroutines."""
+        return self.engine if self.spec.interface is Interface.ASYNC_LLM else self.engine.llm_engine
+
     async def capture_stats(self) -> dict[str, int] | None:
-        """Counts of the capture store; None where capture is off."""
+        """Counts of the capture store; None where capture is off. Of data-parallel engines the sums."""
+        found = await self.capture_stats_by_engine()
+        return {key: sum(stats[key] for stats in found) for key in found[0]} if found else None
+
+    async def capture_stats_by_engine(self) -> list[dict[str, int]]:
+        """The counts of each data-parallel engine, mostly of one; none where capture is off."""
         if self.spec.in_process:
-            stats: dict[str, int] | None = self.core.mm_embedding_stats()
+            found = [self.core.mm_embedding_stats()]
         elif self.spec.interface is Interface.ASYNC_LLM:
-            stats = await self.engine.engine_core.call_utility_async("mm_embedding_stats")
+            found = await self.engine.engine_core.call_utility_all_async("mm_embedding_stats")
         else:
-            stats = self.engine.llm_engine.engine_core.call_utility("mm_embedding_stats")
-        return stats
+            found = [self.engine.llm_engine.engine_core.call_utility("mm_embedding_stats")]
+        return [stats for stats in found if stats is not None]
 
 
 async def generate(server: Server, requests: Sequence[Request]) -> list[list[Completion]]:
     """Runs the requests together; the completions of each, in order."""
-    if server.spec.interface is Interface.ASYNC_LLM:
-        return list(await asyncio.gather(*(_final(server, request) for request in requests)))
-    from vllm import SamplingParams
-
-    outputs = server.engine.generate(
-        [dict(request.prompt) for request in requests],
-        [SamplingParams(**request.params) for request in requests],
-        use_tqdm=False,
-    )
+    outputs = await final_outputs(server, requests)
     return [[Completion.of(output, completion) for completion in output.outputs] for output in outputs]
 
 
-async def _final(server: Server, request: Request) -> list[Completion]:
-    finished: dict[int, Completion] = {}
-    async for output in stream(server, request):
-        for completion in output.outputs:
-            if completion.finish_reason is not None:
-                finished[completion.index] = Completion.of(output, completion)
-    return [finished[index] for index in sorted(finished)]
+async def final_outputs(server: Server, requests: Sequence[Request]) -> list[Any]:
+    """vLLM's RequestOutput of each request, run together, in order."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    if server.spec.interface is Interface.LLM:
+        outputs: list[Any] = server.engine.generate(
+            [dict(request.prompt) for request in requests],
+            [SamplingParams(**request.params) for request in requests],
+            use_tqdm=False,
+        )
+        return outputs
+
+    async def final(request: Request) -> Any:
+        once = Request(request.prompt, {**request.params, "output_kind": RequestOutputKind.FINAL_ONLY})
+        [output] = [output async for output in stream(server, once)]
+        return output
+
+    return await asyncio.gather(*map(final, requests))
 
 
 def stream(server: Server, request: Request) -> AsyncIterator[Any]:

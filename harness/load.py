@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from harness import cases
-from harness.engine import Interface, Request
-from harness.engine_process import Server, stream
+from harness.engine import Request
+from harness.engine_process import Server, final_outputs, stream
 from harness.matrix import ModelSpec
 from harness.media import Media, image, video
 
@@ -108,7 +108,7 @@ class Sample:
     """What one round of an offline batch gave.
 
     Attributes:
-        seconds: of LLM.generate, preprocessing included.
+        seconds: of all requests together, preprocessing included.
         requests: that finished.
         tokens: that were generated.
         with_embedding: completions that carry embeddings.
@@ -143,8 +143,9 @@ class Latencies:
 
 @dataclass
 class Prepared:
-    """The requests of a round, and the outputs that `run` was told to keep."""
+    """The requests of a round, what they were made of, and the outputs that `run` was told to keep."""
 
+    made_of: tuple[Workload, list[tuple[cases.Part, ...]]] | None = None
     requests: list[Request] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
 
@@ -158,24 +159,22 @@ def prepared(server: Server) -> Prepared:
 async def prepare(server: Server, spec: ModelSpec, workload: Workload, round_number: int) -> None:
     """Makes the media and prompts of a round, for `run` or `arrive`."""
     if workload.processed:
-        engine = server.engine if server.spec.interface is Interface.ASYNC_LLM else server.engine.llm_engine
-        for forgotten in (engine.reset_encoder_cache(), engine.reset_prefix_cache()):
+        for forgotten in (server.llm_engine.reset_encoder_cache(), server.llm_engine.reset_prefix_cache()):
             succeeded = await forgotten if inspect.isawaitable(forgotten) else forgotten
         if not succeeded:  # of the last: the other returns nothing
             raise RuntimeError("the prefix cache still has blocks in use: a round is not over")
     params = {"temperature": 0.0, "max_tokens": workload.tokens, "ignore_eos": True}
-    prepared(server).requests = [Request(cases.prompt(spec, parts), params) for parts in workload.parts(round_number)]
+    round_, parts = prepared(server), list(workload.parts(round_number))
+    if round_.made_of != (workload, parts):  # making the same images again takes a second
+        round_.made_of = (workload, parts)
+        round_.requests = [Request(cases.prompt(spec, each), params) for each in parts]
 
 
-def run(server: Server, keep: bool = False) -> Sample:
+async def run(server: Server, keep: bool = False) -> Sample:
     """The prepared requests as one offline batch. `keep`: until `drop`, as a user who collects the outputs does."""
-    from vllm import SamplingParams
-
     round_ = prepared(server)
-    prompts = [dict(request.prompt) for request in round_.requests]
-    params = [SamplingParams(**request.params) for request in round_.requests]
     began = time.perf_counter()
-    outputs = server.engine.generate(prompts, params, use_tqdm=False)
+    outputs = await final_outputs(server, round_.requests)
     seconds = time.perf_counter() - began
     completions = [completion for output in outputs for completion in output.outputs]
     found = [rows for completion in completions if (rows := getattr(completion, "mm_embedding", None)) is not None]

@@ -34,9 +34,9 @@ def mark_second_pass() -> None:
     """Does nothing: vLLM itself stays as it is."""
 
 
-def run(server: Server) -> load.Sample:
+async def run(server: Server) -> load.Sample:
     """As load.run, with the second pass where the engine is marked for it."""
-    sample = load.run(server)
+    sample = await load.run(server)
     if server.spec.setup != SECOND_PASS:
         return sample
     encode = _second_pass(server)

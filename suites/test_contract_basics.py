@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import accumulate
 from string import ascii_letters
@@ -12,7 +13,7 @@ import torch
 
 from harness.compare import Span, Tolerance, compare
 from harness.engine import Completion, Engine, Request
-from harness.engine_process import Server
+from harness.engine_process import Server, final_outputs
 from harness.media import Media
 from harness.pytest_plugin.subject import Subject
 
@@ -75,7 +76,7 @@ def test_a_completion_carries_the_rows_of_its_item(
 
 
 def dtype(server: Server) -> torch.dtype:
-    found: torch.dtype = server.engine.llm_engine.model_config.dtype
+    found: torch.dtype = server.llm_engine.model_config.dtype
     return found
 
 
@@ -147,15 +148,12 @@ def test_every_child_of_n_gets_its_own(
     assert not shared, "completions share memory: who writes to one embedding changes another"
 
 
-def children_share_memory(server: Server, request: Request) -> bool:
-    from vllm import SamplingParams
-
-    prompt, params = request.prompt, request.params
-    [output] = server.engine.generate([dict(prompt)], SamplingParams(**params), use_tqdm=False)
+async def children_share_memory(server: Server, request: Request) -> bool:
+    [output] = await final_outputs(server, [request])
     first, second = output.outputs
     before = second.mm_embedding.clone()
     first.mm_embedding.zero_()
-    again = server.engine.generate([dict(prompt)], SamplingParams(**params), use_tqdm=False)[0].outputs[0]
+    again = (await final_outputs(server, [request]))[0].outputs[0]
     return not (torch.equal(second.mm_embedding, before) and torch.equal(again.mm_embedding, before))
 
 
@@ -203,10 +201,15 @@ def test_the_metrics_count_what_is_captured(subject: Subject, engine: Engine, al
 
 
 def metrics(server: Server) -> dict[str, float]:
-    """By their names without the prefix."""
+    """By their names without the prefix, as LLM.get_metrics() gives them; of data-parallel engines the sums."""
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
     prefix = "vllm:mm_embedding_"
-    found = {metric.name: metric.value for metric in server.engine.get_metrics() if metric.name.startswith(prefix)}
-    return {name.removeprefix(prefix): value for name, value in found.items()}
+    found: dict[str, float] = defaultdict(float)
+    for metric in get_metrics_snapshot():
+        if metric.name.startswith(prefix):
+            found[metric.name.removeprefix(prefix)] += metric.value
+    return found
 
 
 @pytest.mark.clause("C11")

@@ -20,6 +20,11 @@ from suites.test_contract_basics import embedding
 pytestmark = [pytest.mark.suite("contract"), pytest.mark.once]
 
 
+@pytest.fixture(autouse=True)
+def _needs_core(subject: Subject) -> None:
+    subject.needs_core()
+
+
 @pytest.fixture(scope="module")
 def engine(subject: Subject) -> Engine:
     return subject.engine(enable_mm_embeds=True, enable_prompt_embeds=True, mm_processor_cache_gb=0.0)

@@ -19,6 +19,11 @@ pytestmark = [pytest.mark.suite("contract"), pytest.mark.clause("C7")]
 LONG = "a rather long text, so that whole blocks of the prefix cache are filled by it. " * 4
 
 
+@pytest.fixture(autouse=True)
+def _needs_core(subject: Subject) -> None:
+    subject.needs_core()
+
+
 @pytest.fixture(scope="module")
 def engine(subject: Subject) -> Engine:
     return subject.engine()

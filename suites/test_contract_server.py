@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ def _free_port() -> int:
     return port
 
 
+def _flags(options: Mapping[str, Any]) -> Iterator[str]:
+    """What `vllm serve` calls these arguments of EngineArgs."""
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        else:
+            yield f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}"
+
+
 @contextlib.contextmanager
 def _serving(
     subject: Subject, log: Path, *options: str, inside: tuple[str, ...] = ()
@@ -44,7 +55,7 @@ def _serving(
     """`vllm serve`, started by the command `inside`."""
     command = [*inside, str(Path(sys.executable).parent / "vllm"), "serve", str(subject.path)]
     command += ["--served-model-name", "model", "--max-model-len", "1024", "--enforce-eager"]
-    command += ["--max-num-seqs", "8", "--enable-return-mm-embedding", *options]
+    command += ["--max-num-seqs", "8", "--enable-return-mm-embedding", *_flags(subject.user_options), *options]
     if torch.cuda.is_available():
         command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--gpu-memory-utilization", "0.15"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}

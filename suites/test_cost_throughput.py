@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
+from harness.bandwidth import pinned_bandwidth
 from harness.engine import Arm, Engine, Interface
 from harness.load import DISTINCT, REPEATED, WORKLOADS, Workload
 from harness.peers import PEERS
@@ -34,7 +36,7 @@ def test_throughput(cost: Cost, workload: Workload, benchmark: Any, record_prope
 def test_growth(cost: Cost, axis: str, value: int, benchmark: Any, record_property: Record) -> None:
     """How the cost grows; a picture and no gate."""
     changed: dict[str, Any] = {axis: value}
-    workload = dataclasses.replace(Workload(f"{axis}-{value}", requests=16, side=448), **changed)
+    workload = dataclasses.replace(Workload(f"{axis}-{value}", requests=16, side=448, processed=True), **changed)
     record_property("axis", axis)
     record_property("value", getattr(cost.scaled(workload), axis))
     arms = cost.arms(Interface.LLM, [Arm.ABSENT, Arm.CAPTURING])
@@ -108,4 +110,8 @@ def measure(
     captured = rounds.samples[Arm.CAPTURING][0]
     record_property("MB of embeddings a round", round(captured.nbytes / 1e6, 2))
     absent = seconds[Arm.ABSENT]
+    if (bandwidth := pinned_bandwidth()) is not None:
+        record_property("pinned GB/s", round(bandwidth / 1e9, 1))
+        bound = captured.nbytes / bandwidth / statistics.median(absent)
+        record_property("copies at that speed, % of the time", round(100 * bound, 3))
     return {f"{arm}/absent": median_ratio(absent, seconds[arm]) for arm in arms if arm != Arm.ABSENT}

@@ -50,6 +50,7 @@ def forget(server: Server) -> None:
 
 
 def test_rows_do_not_depend_on_the_batch(subject: Subject, record_property: Callable[[str, object], None]) -> None:
+    subject.needs_core()
     engine = subject.engine()
     ran = []
 

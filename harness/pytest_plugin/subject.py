@@ -25,6 +25,9 @@ KV_CACHE_BYTES = 2 << 30
 """Of each engine on a GPU: several live beside each other."""
 
 
+PARALLEL = ("tensor_parallel_size", "data_parallel_size")
+"""Options of engines with several workers."""
+
 NUM_TOKENS = 6
 """Greedy tokens of a case: enough to notice a language model that is not the checkpoint's."""
 
@@ -143,6 +146,8 @@ class Subject:
         self, arm: Arm = Arm.CAPTURING, interface: Interface = Interface.LLM, *, in_process: bool = True, **options: Any
     ) -> EngineSpec:
         """What `engine` starts."""
+        if self.data_parallel:
+            interface, in_process = Interface.ASYNC_LLM, False  # vLLM's LLM refuses data_parallel_size
         options = {"max_num_seqs": 8, "enforce_eager": True, "seed": 0, **self.spec.engine_options, **options}
         if in_process:
             # So that the processor's output is there to read, and one engine serves nearly every test.
@@ -153,14 +158,18 @@ class Subject:
             # A fixed cache instead of what is free: vLLM need not measure that, which fails when an engine beside it
             # ends meanwhile. The utilization is only what must be free at the start.
             options = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "gpu_memory_utilization": 0.15, **options}
-        environment = (("HF_HUB_OFFLINE", "1"), ("VLLM_CPU_KVCACHE_SPACE", "1"))
         users = {  # an engine that does not capture knows the plugin's options not, or refuses them
             name: value
             for name, value in self.user_options.items()
             if arm is Arm.CAPTURING or name not in {option.name for option in OPTIONS}
         }
-        pairs = tuple(sorted({**options, **users}.items()))
-        return EngineSpec(str(self.path), arm, interface, in_process, _Frozen(pairs), environment)
+        options |= users
+        environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        if any(options.get(name, 1) > 1 for name in PARALLEL):
+            # On a CPU vLLM binds each worker to a NUMA node of its own, and most machines have one.
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        pairs = _Frozen(sorted(options.items()))
+        return EngineSpec(str(self.path), arm, interface, in_process, pairs, tuple(environment.items()))
 
     def request(self, *parts: cases.Part, **params: Any) -> Request:
         """A greedy request of these texts and media; `params` for SamplingParams."""
@@ -179,6 +188,16 @@ class Subject:
         if limit < number:
             pytest.skip(f"{self.spec.name} takes {limit} {modality} a prompt")
 
+    @property
+    def data_parallel(self) -> bool:
+        """Whether the user asks for several engines behind one frontend."""
+        return int(self.user_options.get("data_parallel_size", 1)) > 1
+
+    def needs_core(self) -> None:
+        """Skips the test, which looks into the engine core, where that cannot run in this side's process."""
+        if self.data_parallel:
+            pytest.skip("data_parallel_size: its engines have processes of their own, where this test cannot look into")
+
     @functools.cached_property
     def weights_digest(self) -> str:
         """sha256 over the checkpoint's tensor files, in the order of their names."""
@@ -191,6 +210,7 @@ class Subject:
     def observe(self, case: str) -> Observed:
         """The case as the engine ran it, once a session."""
         if case not in self._observed:
+            self.needs_core()
             extra_args = {"return_mm_embedding_levels": True}
             parts = cases.parts(self.spec, case)
             request = self.request(*parts, extra_args=extra_args, max_tokens=NUM_TOKENS, ignore_eos=True)
