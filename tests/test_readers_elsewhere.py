@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import pickle
 from collections.abc import Iterator
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
 import torch
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.request import Request
 
 from harness.capture import frontend, scheduler
@@ -112,9 +119,29 @@ def test_what_cannot_be_read_is_an_error(
 def test_what_no_message_holds_is_an_error(capture: SchedulerCapture, monkeypatch: pytest.MonkeyPatch) -> None:
     nbytes = sum(rows.nbytes for rows in TRUTH.values())
     monkeypatch.setattr(scheduler, "_MESSAGE_BYTES", nbytes - 1)
-    with pytest.raises(frontend.MMEmbeddingError, match=f"{nbytes} bytes are too many for a message"):
+    with pytest.raises(frontend.MMEmbeddingError, match=f"{nbytes} bytes are too many for a message") as raised:
         frontend._read(delivered(capture, "another host"))
+    assert raised.value.http_status == HTTPStatus.BAD_REQUEST
     assert_nothing_is_held(capture)
+
+
+def test_async_llm_and_servers_pass_an_error_on() -> None:
+    error = frontend.MMEmbeddingError("Request r has no mm_embedding: it is gone.", HTTPStatus.BAD_REQUEST)
+
+    async def caller() -> None:
+        collector = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "r")
+        collector.put(error)
+        llm = AsyncLLM.__new__(AsyncLLM)
+        llm.log_requests = False
+        llm.add_request = mock.AsyncMock(return_value=collector)
+        async for _ in llm.generate("prompt", SamplingParams(), "r"):
+            pass
+
+    with pytest.raises(frontend.MMEmbeddingError) as raised:
+        asyncio.run(caller())
+    answer = create_error_response(raised.value).error
+    assert (answer.code, answer.message) == (400, "Request r has no mm_embedding: it is gone.")
+    assert pickle.loads(pickle.dumps(error)).http_status == HTTPStatus.BAD_REQUEST
 
 
 def told(features: list[MultiModalFeatureSpec], params: SamplingParams | None, enabled: bool = True) -> Any:

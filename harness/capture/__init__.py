@@ -44,9 +44,11 @@ def register() -> None:
     """
     if _is_native():
         return
-    from harness.capture import arguments, engine_core, frontend, http, patches
+    from harness.capture import patches
 
-    patches.vllm_version()
+    patches.vllm_version()  # the other modules import what only known versions have
+    from harness.capture import arguments, engine_core, frontend, http
+
     arguments.install_options_on_multimodal_config()
     arguments.install_options_on_engine_args()
     patches.install((*engine_core.PATCHES, *frontend.PATCHES))

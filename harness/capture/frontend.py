@@ -10,8 +10,10 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from vllm.exceptions import GracefulHTTPError
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine import FinishReason
 
@@ -48,8 +50,15 @@ class MMEmbeddingItem:
     identifier: str
 
 
-class MMEmbeddingError(RuntimeError):
-    """The embeddings of a finished request cannot be returned. Raised to the request's caller alone."""
+class MMEmbeddingError(GracefulHTTPError, RuntimeError):
+    """The embeddings of a finished request cannot be returned. Raised to the request's caller alone.
+
+    AsyncLLM wraps an error that it does not know in one without a message, and a server's answer is as empty. This one
+    passes; a server answers with its message and `http_status`: 400 where the same request would fail again, or 500.
+    """
+
+    def __init__(self, message: str, http_status: HTTPStatus = HTTPStatus.INTERNAL_SERVER_ERROR) -> None:
+        super().__init__(message, http_status)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def _read(delivery: dict[str, Any]) -> _Embeddings:
         transport.TransportError: the shared memory cannot be read.
     """
     if (error := delivery.get("error")) is not None:
-        raise MMEmbeddingError(error)
+        raise MMEmbeddingError(error, HTTPStatus(delivery["status"]))
     packed = transport.unpack(delivery["rows"]) if "rows" in delivery else transport.read(delivery["handle"])
     hidden_size = delivery["hidden_size"]
     items, start = [], 0

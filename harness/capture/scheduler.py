@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata
@@ -89,6 +90,11 @@ def _num_embeds(feature: MultiModalFeatureSpec, start: int, stop: int) -> int:
         return 0
     low, high = position.get_embeds_indices_in_range(first, last)
     return high - low
+
+
+def _error(message: str, status: HTTPStatus = HTTPStatus.INTERNAL_SERVER_ERROR) -> dict[str, Any]:
+    """Instead of embeddings. The status: whether the same request would fail again."""
+    return {"error": message, "status": int(status)}
 
 
 @dataclass
@@ -300,7 +306,7 @@ class SchedulerCapture:
 
     def _deliver(self, output: EngineCoreOutput) -> None:
         if (failure := self._failures.get(output.request_id)) is not None:
-            delivery: dict[str, Any] = {"error": failure}
+            delivery = _error(failure, HTTPStatus.BAD_REQUEST)
         else:
             capture = self._captures.get(output.request_id)
             if capture is None or capture.delivered:
@@ -308,8 +314,9 @@ class SchedulerCapture:
             capture.delivered = True
             if self.store.pending(output.request_id):
                 # Not reached as far as known. Loud all the same: never a silent None.
-                delivery = {"error": f"Request {output.request_id} has no mm_embedding: an item was not captured."}
-                logger.error(delivery["error"])
+                failure = f"Request {output.request_id} has no mm_embedding: an item was not captured."
+                logger.error(failure)
+                delivery = _error(failure)
                 self.store.release(output.request_id)
             else:
                 delivery = {
@@ -333,11 +340,12 @@ class SchedulerCapture:
         )
         if (nbytes := sum(item.nbytes for item in capture.items)) > _MESSAGE_BYTES:
             self.store.release(request_id)
-            return {"error": f"Request {request_id} has no mm_embedding: {nbytes} bytes are too many for a message."}
+            failure = f"Request {request_id} has no mm_embedding: {nbytes} bytes are too many for a message."
+            return _error(failure, HTTPStatus.BAD_REQUEST)
         try:
             return {"rows": pack(read(self.store.deliver(request_id), _STAMP_SECONDS))}
         except TransportError as error:
-            return {"error": f"Request {request_id} has no mm_embedding: {error}."}
+            return _error(f"Request {request_id} has no mm_embedding: {error}.")
 
     def reset(self) -> None:
         """The weights changed: what was captured before is of no use to later requests."""
