@@ -72,15 +72,10 @@ async def generate(server: Server, requests: Sequence[Request]) -> list[list[Com
 
 async def final_outputs(server: Server, requests: Sequence[Request]) -> list[Any]:
     """vLLM's RequestOutput of each request, run together, in order."""
-    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     if server.spec.interface is Interface.LLM:
-        outputs: list[Any] = server.engine.generate(
-            [dict(request.prompt) for request in requests],
-            [SamplingParams(**request.params) for request in requests],
-            use_tqdm=False,
-        )
+        outputs: list[Any] = server.engine.generate(*arguments(requests), use_tqdm=False)
         return outputs
 
     async def final(request: Request) -> Any:
@@ -89,6 +84,13 @@ async def final_outputs(server: Server, requests: Sequence[Request]) -> list[Any
         return output
 
     return await asyncio.gather(*map(final, requests))
+
+
+def arguments(requests: Sequence[Request]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Prompts and SamplingParams, as the methods of vLLM's LLM take them."""
+    from vllm import SamplingParams
+
+    return [dict(request.prompt) for request in requests], [SamplingParams(**request.params) for request in requests]
 
 
 def stream(server: Server, request: Request) -> AsyncIterator[Any]:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from harness import cases
-from harness.engine import Request
-from harness.engine_process import Server, final_outputs, stream
+from harness.engine import Interface, Request
+from harness.engine_process import Server, arguments, final_outputs, stream
 from harness.matrix import ModelSpec
 from harness.media import Media, image, video
 
@@ -39,8 +39,9 @@ class Workload:
         scattered: those requests are far from each other instead of in a row.
         again: each round asks the same as the one before, instead of about new media.
         processed: the same media too, forgotten by the prefix cache, the encoder cache and the store and not by the
-            processor's cache: the time is that of the engine. Processing takes most of it otherwise, on the CPU, and
-            its noise hides what capture costs.
+            processor's cache; and the engine begins when it has all requests. The time is that of the engine: else
+            processing takes most of it, on the CPU, and requests that come in one by one are batched otherwise in each
+            round, and both hide what capture costs.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Sample:
     """What one round of an offline batch gave.
 
     Attributes:
-        seconds: of all requests together, preprocessing included.
+        seconds: of all requests together, preprocessing included unless they are `processed`.
         requests: that finished.
         tokens: that were generated.
         with_embedding: completions that carry embeddings.
@@ -173,9 +174,12 @@ async def prepare(server: Server, spec: ModelSpec, workload: Workload, round_num
 async def run(server: Server, keep: bool = False) -> Sample:
     """The prepared requests as one offline batch. `keep`: until `drop`, as a user who collects the outputs does."""
     round_ = prepared(server)
-    began = time.perf_counter()
-    outputs = await final_outputs(server, round_.requests)
-    seconds = time.perf_counter() - began
+    if round_.made_of is not None and round_.made_of[0].processed:
+        outputs, seconds = await _once_all_wait(server, round_.requests)
+    else:
+        began = time.perf_counter()
+        outputs = await final_outputs(server, round_.requests)
+        seconds = time.perf_counter() - began
     completions = [completion for output in outputs for completion in output.outputs]
     found = [rows for completion in completions if (rows := getattr(completion, "mm_embedding", None)) is not None]
     if keep:
@@ -188,6 +192,25 @@ async def run(server: Server, keep: bool = False) -> Sample:
         rows=sum(len(rows) for rows in found),
         nbytes=sum(rows.nbytes for rows in found),
     )
+
+
+async def _once_all_wait(server: Server, requests: list[Request]) -> tuple[list[Any], float]:
+    """The outputs, and the seconds from the moment that the engine has all requests and may begin."""
+    engine, schedule = server.engine, ["scheduling"]
+    if server.spec.interface is Interface.LLM:
+        engine.sleep(level=0)  # requests are taken in and wait
+        engine.enqueue(*arguments(requests), use_tqdm=False)
+        began = time.perf_counter()
+        engine.wake_up(tags=schedule)
+        return engine.wait_for_completion(use_tqdm=False), time.perf_counter() - began
+    await engine.sleep(level=0, mode="keep")
+    running = asyncio.ensure_future(final_outputs(server, requests))
+    taken_in = engine.output_processor.get_num_unfinished_requests
+    while taken_in() < len(requests) and not running.done():  # noqa: ASYNC110 - vLLM has no event for it
+        await asyncio.sleep(0.001)
+    began = time.perf_counter()
+    await engine.wake_up(tags=schedule)
+    return await running, time.perf_counter() - began
 
 
 def drop(server: Server) -> None:

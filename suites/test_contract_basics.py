@@ -43,17 +43,19 @@ def embedding(completion: Completion) -> torch.Tensor:
     return completion.mm_embedding
 
 
+def other_batch(dtype: torch.dtype) -> Tolerance:
+    """For the same item in another batch: another order of the same roundings, of which a tower adds few up."""
+    if dtype == torch.float32:
+        return Tolerance.float32()
+    return Tolerance(dtype, torch.tensor(4 * torch.finfo(dtype).eps, dtype=torch.float64), f"4 roundings to {dtype}")
+
+
 def assert_same(completion: Completion, *expected: torch.Tensor, known: dict[str, torch.Tensor] | None = None) -> None:
     truth = torch.cat(expected)
-    tolerance = Tolerance.float32()
-    if truth.dtype != torch.float32:
-        # Another batch means another order of the same roundings; a tower adds few of them up.
-        limit = torch.tensor(4 * torch.finfo(truth.dtype).eps, dtype=torch.float64)
-        tolerance = Tolerance(truth.dtype, limit, f"4 roundings to {truth.dtype}")
     starts = accumulate(map(len, expected), initial=0)
     modality = completion.mm_embedding_items[0].modality if completion.mm_embedding_items else "image"
     spans = [Span(modality, start, len(rows), "") for start, rows in zip(starts, expected, strict=False)]
-    comparison = compare(completion.mm_embedding, truth, tolerance=tolerance, items=spans, known=known)
+    comparison = compare(completion.mm_embedding, truth, tolerance=other_batch(truth.dtype), items=spans, known=known)
     assert comparison.ok, comparison.explain()
     items = [Span(item.modality, item.start, item.num_rows, "") for item in completion.mm_embedding_items or []]
     assert items == spans, "mm_embedding_items are not the items of the rows"

@@ -16,11 +16,12 @@ import psutil
 import pytest
 import torch
 
+from harness.compare import compare
 from harness.engine import Completion, Engine, EngineError, Interface, Request
 from harness.engine_process import Server, generate, stream
 from harness.media import image
 from harness.pytest_plugin.subject import Subject
-from suites.test_contract_basics import capture_stats
+from suites.test_contract_basics import capture_stats, other_batch
 
 pytestmark = [pytest.mark.suite("contract"), pytest.mark.once]
 
@@ -92,7 +93,9 @@ def test_a_frontend_elsewhere_gets_the_same(subject: Subject, engine: Engine) ->
                 assert (rows is None) == (truth is None), name
                 if truth is not None:
                     assert rows.is_contiguous()
-                    torch.testing.assert_close(rows, truth)
+                    # Another of several engines may have encoded it again, in another batch.
+                    found_rows = compare(rows.flatten(0, -2), truth.flatten(0, -2), tolerance=other_batch(truth.dtype))
+                    assert found_rows.ok, f"{name}: {found_rows.explain()}"
     assert here[1][0].mm_embedding_levels is not None, "no levels were asked for: the test could not fail"
     stats = engine.call(capture_stats)
     assert not any(stats[name] for name in ("admitted", "requests", "leases", "held_bytes")), f"still held: {stats}"
@@ -144,10 +147,11 @@ def engine_core_pid(server: Server) -> int:
 
 
 async def kill_while_streaming(server: Server, request: Request, pid: int) -> None:
-    async for output in stream(server, request):
-        if not output.finished:
-            with contextlib.suppress(ProcessLookupError):  # it is dead, and another engine goes on until that is known
-                os.kill(pid, signal.SIGKILL)
+    for _ in range(10):  # until the frontend knows, which takes seconds with a GPU, another engine may go on
+        async for output in stream(server, request):
+            if not output.finished:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.clause("C11")

@@ -41,8 +41,7 @@ def test_latency_under_poisson_arrivals(
         lambda engine, number: engine.call(load.prepare, cost.subject.spec, work, number),
         lambda engine, number: engine.call(load.arrive, rate, number),
     )
-    benchmark.group = "latency"
-    benchmark.pedantic(rounds.timed, setup=rounds.before, teardown=rounds.after, rounds=cost.rounds)
+    cost.run(rounds, benchmark, "latency")
     record_property("requests/s", round(rate, 2))
     ratios = {}
     for name in ("first_token", "between_tokens", "end_to_end"):

@@ -95,9 +95,7 @@ def measure(
         pytest.skip(f"{cost.subject.spec.name} takes no {modality}")
     work = cost.scaled(workload)
     rounds = offline(cost, arms, work)
-    rounds.warm_up()
-    benchmark.group = f"throughput {workload}"
-    benchmark.pedantic(rounds.timed, setup=rounds.before, teardown=rounds.after, rounds=cost.rounds)
+    cost.run(rounds, benchmark, f"throughput {workload}")
     seconds = {arm: [sample.seconds for sample in samples] for arm, samples in rounds.samples.items()}
     benchmark.extra_info.update(seconds=seconds, requests=work.requests)
     for arm, samples in rounds.samples.items():

@@ -125,6 +125,21 @@ def test_results_that_could_not_be_written_later(
     assert_one_sentence(output, "ERROR: --results: .* cannot be written: name a file in a folder that exists")
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--rounds=0"], "--rounds: 0 must be 1 or more"),
+        (["--seconds=0"], "--seconds: 0.0 must be more than 0"),
+        (["--seconds=nan"], "--seconds: nan must be more than 0"),
+        (["--seconds=60", "--rounds=12"], "--seconds: leave it out or --rounds"),
+    ],
+)
+def test_a_benchmark_of_no_length(session: Callable[..., tuple[int, str]], options: list[str], sentence: str) -> None:
+    code, output = session(*options)
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert_one_sentence(output, f"ERROR: {sentence}")
+
+
 def test_a_cache_folder_that_cannot_be_written(
     session: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

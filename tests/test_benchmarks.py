@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import time
+from collections.abc import Callable
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 
-from harness.pytest_plugin.benchmarks import Cost
+from harness.engine import Engine
+from harness.pytest_plugin.benchmarks import Cost, Rounds
 from harness.pytest_plugin.subject import Subject
 from harness.verdict import Gate, Ratio
 
@@ -51,3 +55,85 @@ def test_a_cpu_judges_nothing(recorded: dict[str, Any], monkeypatch: pytest.Monk
     assert recorded["verdict"] == "not judged on a CPU"
     assert "idle verdict" not in recorded
     assert recorded["idle value"] == 0.9
+
+
+def rounds_of(names: str, ran: list[tuple[str, int]], seconds: float = 0.0) -> Rounds[str]:
+    def run(engine: Engine, number: int) -> str:
+        time.sleep(seconds)
+        ran.append((str(engine), number))
+        return f"{engine} {number}"
+
+    return Rounds({name: cast("Engine", name) for name in names.split()}, lambda _engine, _number: None, run)
+
+
+def test_arms_take_turns_at_being_the_first() -> None:
+    ran: list[tuple[str, int]] = []
+    rounds = rounds_of("absent idle capturing", ran)
+    rounds.warm_up()
+    assert not rounds.samples, "the round that warms up counts"
+    for _ in range(3):
+        rounds.before()
+        rounds.timed()
+        rounds.after()
+    assert {ran[start][0] for start in (3, 6, 9)} == {"absent", "idle", "capturing"}
+    assert rounds.samples == {name: [f"{name} {number}" for number in (2, 3, 4)] for name in rounds.arms}
+
+
+class FakeBenchmark:
+    """Runs as pytest-benchmark's fixture does."""
+
+    group = ""
+
+    def pedantic(
+        self, target: Callable[[], None], setup: Callable[[], None], teardown: Callable[[], None], rounds: int
+    ) -> None:
+        for _ in range(rounds):
+            setup()
+            target()
+            teardown()
+
+
+def ran_rounds(rounds: Rounds[str], **options: Any) -> int:
+    Cost(cast("Subject", FakeSubject()), 12, **options).run(rounds, FakeBenchmark(), "a group")
+    [number] = {len(samples) for samples in rounds.samples.values()}
+    return number
+
+
+def test_seconds_decide_how_many_rounds_there_are() -> None:
+    assert ran_rounds(rounds_of("absent capturing", [])) == 12
+    assert ran_rounds(rounds_of("absent capturing", [], seconds=0.05), seconds=1.0) in range(8, 11)
+    assert ran_rounds(rounds_of("capturing", [], seconds=0.02), seconds=0.01) == 1
+
+
+def test_a_first_round_which_takes_longer_does_not_decide_it() -> None:
+    rounds = rounds_of("capturing", [])
+    run = rounds.run
+
+    def slow_at_first(engine: Engine, number: int) -> str:
+        time.sleep(1.0 if number == 1 else 0.05)
+        return run(engine, number)
+
+    rounds.run = slow_at_first
+    assert ran_rounds(rounds, seconds=0.5) in range(8, 11)
+
+
+def test_what_ran_before_an_interrupt_counts() -> None:
+    session = mock.Mock(shouldstop=False)
+    rounds = rounds_of("absent capturing", [])
+    run = rounds.run
+
+    def interrupted(engine: Engine, number: int) -> str:
+        if number == 5 and "5" in str(rounds.samples):  # in the second arm of the round
+            raise KeyboardInterrupt
+        return run(engine, number)
+
+    rounds.run = interrupted
+    assert ran_rounds(rounds, session=session) == 3
+    assert str(session.shouldstop).startswith("interrupted")
+
+
+def test_an_interrupt_before_the_first_round_is_one() -> None:
+    rounds = rounds_of("absent capturing", [])
+    rounds.run = mock.Mock(side_effect=["", "", KeyboardInterrupt])
+    with pytest.raises(KeyboardInterrupt):
+        ran_rounds(rounds, session=mock.Mock(shouldstop=False))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import time
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from harness import load
+from harness.engine import EngineSpec, Interface, Request
+from harness.engine_process import Server
 from harness.load import WORKLOADS, Workload
 from harness.media import Media
 
@@ -71,3 +78,53 @@ def test_small_is_the_same_shape_of_work(workload: Workload) -> None:
         assert few <= min(most, many)
         assert (few > 1) == (many > 1), f"{name} is another kind of work"
     assert len(list(small.parts(0))) == small.requests
+
+
+def run(monkeypatch: pytest.MonkeyPatch, engine: Any, interface: Interface, workload: Workload) -> load.Sample:
+    server = Server(EngineSpec("model", interface=interface), engine)
+    monkeypatch.setattr(load, "arguments", lambda _requests: ([], []))
+    load.prepared(server).made_of = (workload, [])
+    load.prepared(server).requests = [Request({}), Request({})]
+    return asyncio.run(load.run(server))
+
+
+def test_an_engine_begins_a_processed_workload_when_it_has_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = mock.MagicMock()
+    llm.enqueue.side_effect = lambda *_args, **_options: time.sleep(0.2)
+    llm.wait_for_completion.return_value = []
+    sample = run(monkeypatch, llm, Interface.LLM, load.PROCESSED)
+    assert [name for name, *_ in llm.mock_calls] == ["sleep", "enqueue", "wake_up", "wait_for_completion"]
+    assert sample.seconds < 0.1, "the time of what comes before the engine counts"
+
+
+def test_so_it_does_with_async_llm(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    async def called(name: str) -> None:
+        calls.append(name)
+
+    async def outputs(_server: Server, requests: list[Request]) -> list[Any]:
+        for _ in requests:
+            await asyncio.sleep(0.1)
+            calls.append("taken in")
+        return []
+
+    engine = mock.MagicMock()
+    engine.sleep.side_effect = lambda **_options: called("sleep")
+    engine.wake_up.side_effect = lambda **_options: called("wake_up")
+    engine.output_processor.get_num_unfinished_requests.side_effect = lambda: calls.count("taken in")
+    monkeypatch.setattr(load, "final_outputs", outputs)
+    sample = run(monkeypatch, engine, Interface.ASYNC_LLM, load.PROCESSED)
+    assert calls == ["sleep", "taken in", "taken in", "wake_up"]
+    assert sample.seconds < 0.1, "the time of what comes before the engine counts"
+
+
+def test_the_time_of_other_workloads_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def outputs(_server: Server, _requests: list[Request]) -> list[Any]:
+        await asyncio.sleep(0.2)
+        return []
+
+    monkeypatch.setattr(load, "final_outputs", outputs)
+    engine = mock.MagicMock()
+    assert run(monkeypatch, engine, Interface.LLM, load.DISTINCT).seconds >= 0.2
+    assert not engine.mock_calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--rounds", type=int, metavar="N", help="of a benchmark, by default 12 on a GPU, and 1 on a CPU to see it work"
     )
+    group.addoption(
+        "--seconds",
+        type=float,
+        metavar="N",
+        help="of each benchmark, instead of --rounds: as many as fit",
+    )
     group.addoption("--peers", action="store_true", help="benchmark other ways to get at embeddings too")
     group.addoption("--golden-store", type=Path, metavar="FOLDER", help="of the goldens of your own checkpoints")
     group.addoption("--golden-update", choices=UPDATE_MODES, help="record goldens")
@@ -64,6 +71,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--results: {results} cannot be written: name a file in a folder that exists")
     if (rounds := config.getoption("--rounds")) is not None and rounds < 1:
         raise pytest.UsageError(f"--rounds: {rounds} must be 1 or more")
+    if (seconds := config.getoption("--seconds")) is not None:
+        if rounds is not None:
+            raise pytest.UsageError("--seconds: leave it out or --rounds, of which each says how long a benchmark runs")
+        if not 0 < seconds < math.inf:
+            raise pytest.UsageError(f"--seconds: {seconds} must be more than 0")
     try:
         names = config.getoption("--model")
         config.stash[_MODELS] = [models.find(name) for name in names or matrix.load_all()]

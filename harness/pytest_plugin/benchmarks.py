@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -39,11 +40,15 @@ class Cost:
         subject: the model.
         rounds: how often each arm runs a workload.
         chosen: with --arm, the arms beside the two that a ratio needs, absent and capturing.
+        seconds: of a benchmark's rounds, which are as many as fit then, and not `rounds`.
+        session: is ended after a benchmark that the user interrupts.
     """
 
     subject: Subject
     rounds: int
     chosen: tuple[Arm, ...] = tuple(Arm)
+    seconds: float | None = None
+    session: pytest.Session | None = None
 
     def arms(
         self,
@@ -87,6 +92,29 @@ class Cost:
     def scaled(self, workload: Workload) -> Workload:
         """The workload as this machine and this model can take it."""
         return workload if on_gpu() else workload.small()
+
+    def run(self, rounds: Rounds[Any], benchmark: Any, group: str) -> None:
+        """Warms up, and fills in the rounds' samples.
+
+        Interrupted, it keeps the rounds that are complete: they may have taken an hour.
+        """
+        number = self._warm_up(rounds)
+        benchmark.group = group
+        try:
+            benchmark.pedantic(rounds.timed, setup=rounds.before, teardown=rounds.after, rounds=number)
+        except KeyboardInterrupt:
+            if self.session is None or not rounds.keep_complete():
+                raise
+            self.session.shouldstop = "interrupted: the benchmark's rounds up to then count"
+
+    def _warm_up(self, rounds: Rounds[Any]) -> int:
+        """Runs what does not count, and says how many rounds are to follow."""
+        rounds.warm_up()
+        if self.seconds is None:
+            return self.rounds
+        began = time.monotonic()
+        rounds.warm_up()
+        return max(1, round(self.seconds / (time.monotonic() - began)))
 
     def record(self, ratios: Mapping[str, Ratio], record_property: Callable[[str, object], None]) -> None:
         """Records ratios that have no gate."""
@@ -133,13 +161,19 @@ class Rounds(Generic[T]):
     samples: dict[str, list[T]] = field(default_factory=dict)
     _round: int = 0
 
-    def warm_up(self, rounds: int = 1) -> None:
-        """Rounds that do not count."""
-        for _ in range(rounds):
-            self.before()
-            self.timed()
-            self.after()
+    def warm_up(self) -> None:
+        """A round that does not count."""
+        self.before()
+        self.timed()
+        self.after()
         self.samples.clear()
+
+    def keep_complete(self) -> int:
+        """Drops the samples of a round that is not complete; how many are left of each arm."""
+        complete = min((len(self.samples.get(name, ())) for name in self.arms), default=0)
+        for samples in self.samples.values():
+            del samples[complete:]
+        return complete
 
     def before(self) -> None:
         """Prepares a round in all engines and runs the arms that come before the one that is timed."""
@@ -180,9 +214,10 @@ def offline(cost: Cost, arms: Mapping[str, Engine], workload: Workload) -> Round
 
 
 @pytest.fixture
-def cost(subject: Subject, pytestconfig: pytest.Config) -> Cost:
+def cost(subject: Subject, pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Cost:
     """The arms of the model under test."""
     rounds: int | None = pytestconfig.getoption("--rounds")
+    seconds: float | None = pytestconfig.getoption("--seconds")
     every = Arm if on_gpu() else [Arm.ABSENT, Arm.CAPTURING]  # three engines are much for few cores
     chosen = [Arm(arm) for arm in pytestconfig.getoption("--arm") or every]
-    return Cost(subject, rounds or (12 if on_gpu() else 1), tuple(chosen))
+    return Cost(subject, rounds or (12 if on_gpu() else 1), tuple(chosen), seconds, request.session)

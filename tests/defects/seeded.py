@@ -311,6 +311,23 @@ def handle_sent_elsewhere() -> None:
     )
 
 
+def engines_mixed_up() -> None:
+    """The frontend takes the first engine that it hears of for the owner of all embeddings."""
+    from harness.capture import transport
+
+    heard_of: list[Any] = []
+
+    def of_the_first(original: Any) -> Any:
+        def decode(handle: dict[str, Any]) -> Any:
+            address, spans = original(handle)
+            heard_of.append(address)
+            return heard_of[0], spans
+
+        return decode
+
+    _replace(transport, "_decode", of_the_first)
+
+
 def refusal_removed() -> None:
     """Every configuration passes for one that can capture."""
     from harness.capture import settings

@@ -153,6 +153,11 @@ DEFECTS = (
         run="streaming",
     ),
     Defect(
+        "engines_mixed_up",
+        "test_contract_parallel.py::test_every_request_gets_its_own_rows[qwen3_vl-data_parallel_size]",
+        "the embeddings are gone",
+    ),
+    Defect(
         "refusal_removed",
         "test_contract_refusals.py::test_refused_in_one_sentence[qwen3_vl-encoder-decoder-words1]",
         "in 'accepted, ",
