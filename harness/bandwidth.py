@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -20,8 +21,8 @@ def pinned_bandwidth() -> float | None:
     """
     if not torch.cuda.is_available():
         return None
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure).result()
 
 
 def _measure() -> float:

@@ -212,7 +212,13 @@ class Engine:
             Exception: what the function raised, with the child's traceback as its cause.
         """
         self._send((function, args))
-        return self._receive(timeout)
+        try:
+            return self._receive(timeout)
+        except KeyboardInterrupt:
+            # The answer comes all the same, and would be taken for that of the next call.
+            with contextlib.suppress(Exception):
+                self._receive(timeout)
+            raise
 
     def generate(self, *requests: Request) -> list[list[Completion]]:
         """The completions of each request, run together, in order."""

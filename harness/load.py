@@ -39,9 +39,9 @@ class Workload:
         scattered: those requests are far from each other instead of in a row.
         again: each round asks the same as the one before, instead of about new media.
         processed: the same media too, forgotten by the prefix cache, the encoder cache and the store and not by the
-            processor's cache; and the engine begins when it has all requests. The time is that of the engine: else
-            processing takes most of it, on the CPU, and requests that come in one by one are batched otherwise in each
-            round, and both hide what capture costs.
+            processor's cache; and `run` lets the engine begin when it has all requests. The time is that of the engine:
+            else processing takes most of it, on the CPU, and requests that come in one by one are batched otherwise in
+            each round, and both hide what capture costs.
     """
 
     name: str
@@ -58,6 +58,11 @@ class Workload:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def modality(self) -> str:
+        """Of its media."""
+        return "image" if self.frames == 1 else "video"
 
     def small(self) -> Workload:
         """The same shape of work for a tiny model on a CPU."""
@@ -197,13 +202,15 @@ async def run(server: Server, keep: bool = False) -> Sample:
 async def _once_all_wait(server: Server, requests: list[Request]) -> tuple[list[Any], float]:
     """The outputs, and the seconds from the moment that the engine has all requests and may begin."""
     engine, schedule = server.engine, ["scheduling"]
+    asleep = engine.sleep(level=0, mode="keep")  # requests are taken in and wait
     if server.spec.interface is Interface.LLM:
-        engine.sleep(level=0)  # requests are taken in and wait
-        engine.enqueue(*arguments(requests), use_tqdm=False)
-        began = time.perf_counter()
-        engine.wake_up(tags=schedule)
+        try:
+            engine.enqueue(*arguments(requests), use_tqdm=False)
+        finally:  # an engine that stays asleep would let every later round wait for ever
+            began = time.perf_counter()
+            engine.wake_up(tags=schedule)
         return engine.wait_for_completion(use_tqdm=False), time.perf_counter() - began
-    await engine.sleep(level=0, mode="keep")
+    await asleep
     running = asyncio.ensure_future(final_outputs(server, requests))
     taken_in = engine.output_processor.get_num_unfinished_requests
     while taken_in() < len(requests) and not running.done():  # noqa: ASYNC110 - vLLM has no event for it

@@ -109,8 +109,10 @@ def test_requests_wait_at_the_memory_cap(subject: Subject) -> None:
 @pytest.mark.once
 @pytest.mark.clause("C12")
 def test_an_item_above_the_memory_cap_is_an_error_that_says_so(subject: Subject) -> None:
+    engine, fine = capped(subject), subject.request(image(71), "small")
     with pytest.raises(RuntimeError, match="mm_embedding_memory_gb"):
-        capped(subject).generate(subject.request(image(70, 224, 224), "too large"))
+        engine.generate(subject.request(image(70, 224, 224), "too large"), fine)
+    assert_own_rows(subject, engine, engine.generate(fine), [image(71)])
 
 
 CHUNK = 128

@@ -23,10 +23,10 @@ async def captured_by_engine(server: Server) -> list[int]:
 @pytest.mark.clause("C2", "C3", "C11")
 @pytest.mark.parametrize("way", PARALLEL)
 def test_every_request_gets_its_own_rows(subject: Subject, way: str) -> None:
-    parallel: dict[str, Any] = {**subject.user_options, way: 2}
+    parallel: dict[str, Any] = {way: 2, **subject.user_options}
     needed = math.prod(parallel.get(name, 1) for name in PARALLEL)
     if torch.cuda.is_available() and torch.cuda.device_count() < needed:
-        pytest.skip(f"{way}=2 takes {needed} GPUs here")
+        pytest.skip(f"{way}={parallel[way]} takes {needed} GPUs here")
     media = [subject.item(120 + seed, seed) for seed in range(8)]
     one = subject.engine()
     truth = [embedding(one.generate(subject.request(item, "one"))[0][0]) for item in media]

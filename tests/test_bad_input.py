@@ -129,9 +129,9 @@ def test_results_that_could_not_be_written_later(
     ("options", "sentence"),
     [
         (["--rounds=0"], "--rounds: 0 must be 1 or more"),
-        (["--seconds=0"], "--seconds: 0.0 must be more than 0"),
-        (["--seconds=nan"], "--seconds: nan must be more than 0"),
-        (["--seconds=60", "--rounds=12"], "--seconds: leave it out or --rounds"),
+        (["--seconds=0"], "--seconds: 0.0 must be a finite number above 0"),
+        (["--seconds=nan"], "--seconds: nan must be a finite number above 0"),
+        (["--seconds=60", "--rounds=12"], "--seconds and --rounds both say how long a benchmark runs: give one"),
     ],
 )
 def test_a_benchmark_of_no_length(session: Callable[..., tuple[int, str]], options: list[str], sentence: str) -> None:

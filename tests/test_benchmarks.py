@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Callable
 from typing import Any, cast
 from unittest import mock
@@ -57,9 +56,8 @@ def test_a_cpu_judges_nothing(recorded: dict[str, Any], monkeypatch: pytest.Monk
     assert recorded["idle value"] == 0.9
 
 
-def rounds_of(names: str, ran: list[tuple[str, int]], seconds: float = 0.0) -> Rounds[str]:
+def rounds_of(names: str, ran: list[tuple[str, int]]) -> Rounds[str]:
     def run(engine: Engine, number: int) -> str:
-        time.sleep(seconds)
         ran.append((str(engine), number))
         return f"{engine} {number}"
 
@@ -99,22 +97,25 @@ def ran_rounds(rounds: Rounds[str], **options: Any) -> int:
     return number
 
 
-def test_seconds_decide_how_many_rounds_there_are() -> None:
-    assert ran_rounds(rounds_of("absent capturing", [])) == 12
-    assert ran_rounds(rounds_of("absent capturing", [], seconds=0.05), seconds=1.0) in range(8, 11)
-    assert ran_rounds(rounds_of("capturing", [], seconds=0.02), seconds=0.01) == 1
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+    """Time for the benchmarks, which a test moves on."""
+    time = mock.Mock(now=0.0)
+    time.monotonic.side_effect = lambda: time.now
+    monkeypatch.setattr(importlib.import_module("harness.pytest_plugin.benchmarks"), "time", time)
+    return time
 
 
-def test_a_first_round_which_takes_longer_does_not_decide_it() -> None:
-    rounds = rounds_of("capturing", [])
-    run = rounds.run
+@pytest.mark.parametrize(("seconds", "number"), [(None, 12), (60.0, 6), (15.0, 1), (1.0, 1)])
+def test_seconds_decide_how_many_rounds_there_are(clock: mock.Mock, seconds: float | None, number: int) -> None:
+    rounds = rounds_of("absent capturing", [])
 
-    def slow_at_first(engine: Engine, number: int) -> str:
-        time.sleep(1.0 if number == 1 else 0.05)
-        return run(engine, number)
+    def takes_time(_engine: Engine, number_of_round: int) -> str:
+        clock.now += 100.0 if number_of_round == 1 else 5.0  # what warms up takes longer, and does not decide it
+        return ""
 
-    rounds.run = slow_at_first
-    assert ran_rounds(rounds, seconds=0.5) in range(8, 11)
+    rounds.run = takes_time
+    assert ran_rounds(rounds, seconds=seconds) == number
 
 
 def test_what_ran_before_an_interrupt_counts() -> None:
@@ -129,7 +130,7 @@ def test_what_ran_before_an_interrupt_counts() -> None:
 
     rounds.run = interrupted
     assert ran_rounds(rounds, session=session) == 3
-    assert str(session.shouldstop).startswith("interrupted")
+    assert str(session.shouldstop).startswith("the benchmark's rounds")
 
 
 def test_an_interrupt_before_the_first_round_is_one() -> None:

@@ -16,7 +16,7 @@ import pytest
 from harness.capture import arguments, engine_core, frontend, http
 from harness.capture.patches import Patch, UnsupportedVLLMError, install, vllm_version, when_imported
 
-ALL = (*arguments.PATCHES, *engine_core.PATCHES, *frontend.PATCHES, *http.PATCHES)
+ALL = (*arguments.PATCHES, *engine_core.PATCHES, *frontend.PATCHES, *frontend.OFFLINE_PATCHES, *http.PATCHES)
 
 
 @pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.name)

@@ -97,6 +97,14 @@ def test_an_engine_begins_a_processed_workload_when_it_has_all_requests(monkeypa
     assert sample.seconds < 0.1, "the time of what comes before the engine counts"
 
 
+def test_an_engine_does_not_stay_asleep_where_a_request_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = mock.MagicMock()
+    llm.enqueue.side_effect = ValueError("too long")
+    with pytest.raises(ValueError, match="too long"):
+        run(monkeypatch, llm, Interface.LLM, load.PROCESSED)
+    assert [name for name, *_ in llm.mock_calls] == ["sleep", "enqueue", "wake_up"]
+
+
 def test_so_it_does_with_async_llm(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 

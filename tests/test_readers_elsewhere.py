@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import pickle
 from collections.abc import Iterator
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import msgspec
 import pytest
 import torch
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.request import Request
 
 from harness.capture import frontend, scheduler
@@ -125,25 +119,6 @@ def test_what_no_message_holds_is_an_error(capture: SchedulerCapture, monkeypatc
     assert_nothing_is_held(capture)
 
 
-def test_async_llm_and_servers_pass_an_error_on() -> None:
-    error = frontend.MMEmbeddingError("Request r has no mm_embedding: it is gone.", HTTPStatus.BAD_REQUEST)
-
-    async def caller() -> None:
-        collector = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "r")
-        collector.put(error)
-        llm = AsyncLLM.__new__(AsyncLLM)
-        llm.log_requests = False
-        llm.add_request = mock.AsyncMock(return_value=collector)
-        async for _ in llm.generate("prompt", SamplingParams(), "r"):
-            pass
-
-    with pytest.raises(frontend.MMEmbeddingError) as raised:
-        asyncio.run(caller())
-    answer = create_error_response(raised.value).error
-    assert (answer.code, answer.message) == (400, "Request r has no mm_embedding: it is gone.")
-    assert pickle.loads(pickle.dumps(error)).http_status == HTTPStatus.BAD_REQUEST
-
-
 def told(features: list[MultiModalFeatureSpec], params: SamplingParams | None, enabled: bool = True) -> Any:
     """The frontend's request, whose parameters vLLM has copied as they asked for."""
     options = SimpleNamespace(enable_return_mm_embedding=enabled)
@@ -170,3 +145,10 @@ def test_nothing_is_told_where_nothing_is_captured() -> None:
     assert told([], SamplingParams()).sampling_params.extra_args is None
     assert told([feature("a", 0)], SamplingParams(), enabled=False).sampling_params.extra_args is None
     assert told([feature("a", 0)], opted_out).sampling_params.extra_args == opted_out.extra_args
+    # A client cannot say that an embedding is expected of its text.
+    assert not told([], SamplingParams(extra_args={READER: "anywhere"})).sampling_params.extra_args
+
+
+def test_prompt_embeds_among_a_chats_parts_are_not_expected() -> None:
+    embeds = MultiModalFeatureSpec(None, "prompt_embeds", "e", PlaceholderRange(0, NUM_ROWS), "e")
+    assert told([embeds], SamplingParams()).sampling_params.extra_args is None

@@ -53,6 +53,6 @@ def register() -> None:
     arguments.install_options_on_engine_args()
     patches.install((*engine_core.PATCHES, *frontend.PATCHES))
     engine_core.install_stats()
-    for patch in http.PATCHES:  # of modules that only a server imports, and that are slow to
+    for patch in (*frontend.OFFLINE_PATCHES, *http.PATCHES):  # of modules that not every process imports
         patches.when_imported(patch.module, functools.partial(patches.install, [patch]))
     frontend.install_fields()

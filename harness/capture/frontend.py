@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm.exceptions import GracefulHTTPError
 from vllm.outputs import CompletionOutput
@@ -19,7 +19,7 @@ from vllm.v1.engine import FinishReason
 
 from harness.capture import transport
 from harness.capture.patches import Patch
-from harness.capture.scheduler import DELIVERY
+from harness.capture.scheduler import DELIVERY, encoded_features
 from harness.capture.settings import READER, CaptureSettings, RequestOptions
 from harness.capture.transport import whereabouts
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
     from vllm.v1.metrics.loggers import StatLoggerManager
 
@@ -51,10 +52,13 @@ class MMEmbeddingItem:
 
 
 class MMEmbeddingError(GracefulHTTPError, RuntimeError):
-    """The embeddings of a finished request cannot be returned. Raised to the request's caller alone.
+    """The embeddings of a request cannot be returned.
 
-    AsyncLLM wraps an error that it does not know in one without a message, and a server's answer is as empty. This one
-    passes; a server answers with its message and `http_status`: 400 where the same request would fail again, or 500.
+    AsyncLLM raises it to the request's caller; LLM and LLMEngine, when the other requests have ended too. A server
+    answers with its message and status, as with every GracefulHTTPError.
+
+    Attributes:
+        http_status: 400 where the same request would fail again, or 500.
     """
 
     def __init__(self, message: str, http_status: HTTPStatus = HTTPStatus.INTERNAL_SERVER_ERROR) -> None:
@@ -67,6 +71,9 @@ class _Embeddings:
     levels: Tensor | None
     items: list[MMEmbeddingItem]
 
+
+_FAILURES = "_mm_embedding_failures"
+"""Attribute of an OutputProcessor: what LLMEngine.step is to raise."""
 
 FIELDS = ("mm_embedding", "mm_embedding_items", "mm_embedding_levels")
 """What a CompletionOutput has more: a Tensor (num_features, hidden_size), a list of MMEmbeddingItem, and on demand a
@@ -101,18 +108,50 @@ def _read(delivery: dict[str, Any]) -> _Embeddings:
     return _Embeddings(packed[:, :hidden_size].contiguous(), levels, items)
 
 
+def _not_sent(request_id: str) -> NoReturn:
+    raise MMEmbeddingError(
+        f"Request {request_id} has no mm_embedding: its engine sent none; start every engine with "
+        "enable_return_mm_embedding."
+    )
+
+
 def _tell_where(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> EngineCoreRequest:
         request: EngineCoreRequest = original(self, *args, **kwargs)
         params, options = request.sampling_params, self.model_config.multimodal_config
-        enabled = getattr(options, "enable_return_mm_embedding", False)
-        if enabled and request.mm_features and params is not None and RequestOptions.of(params.extra_args).capture:
-            # The parameters are vLLM's copy, but it may be a shallow one.
-            params.extra_args = {**(params.extra_args or {}), READER: whereabouts()}
+        if params is None:
+            return request
+        given = params.extra_args or {}
+        # The parameters are vLLM's copy, but it may be a shallow one: a new dictionary each time.
+        if (
+            getattr(options, "enable_return_mm_embedding", False)
+            and RequestOptions.of(given).capture
+            and encoded_features(request.mm_features or [])
+        ):
+            params.extra_args = {**given, READER: whereabouts()}
+        elif READER in given:  # from a client, whom nobody asked
+            params.extra_args = {name: value for name, value in given.items() if name != READER}
         return request
 
     return process_inputs
+
+
+def _expect(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_request(self: OutputProcessor, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
+        original(self, request, *args, **kwargs)
+        params = request.sampling_params
+        # A streaming-input session is refused by the engine core, which knows what came before.
+        if params is not None and READER in (params.extra_args or {}) and not request.resumable:
+            _mark(self, self.request_states[request.request_id])
+
+    return add_request
+
+
+def _mark(processor: OutputProcessor, state: Any) -> None:
+    """An embedding is expected of the request. Gives it the list for the failures of LLM's requests."""
+    state._mm_embedding_failures = processor.__dict__.setdefault(_FAILURES, [])
 
 
 def _take_deliveries(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,6 +165,7 @@ def _take_deliveries(original: Callable[..., Any]) -> Callable[..., Any]:
                 output.ec_transfer_params = output.ec_transfer_params or None  # the user's output as without capture
                 state = self.request_states.get(output.request_id)
                 if state is not None:
+                    _mark(self, state)
                     state._mm_embedding = _readers().submit(_read, delivery)
                 elif "handle" in delivery:  # aborted meanwhile
                     transport.discard(delivery["handle"])
@@ -143,15 +183,22 @@ def _attach_at_finish(original: Callable[..., Any]) -> Callable[..., Any]:
         if finish_reason is None or finish_reason is FinishReason.ABORT:
             return completion
         future: Future[_Embeddings] | None = self.__dict__.pop("_mm_embedding", None)
-        if future is None:
+        failures: list[MMEmbeddingError] | None = self.__dict__.pop("_mm_embedding_failures", None)
+        if failures is None or (future is None and finish_reason is FinishReason.ERROR):
             return completion
         try:
-            embeddings = future.result()
+            embeddings = _not_sent(self.request_id) if future is None else future.result()
         except (MMEmbeddingError, transport.TransportError) as error:
             failure = error if isinstance(error, MMEmbeddingError) else MMEmbeddingError(str(error))
+            # Raised here, in the middle of a step's outputs, it would end AsyncLLM's engine, and leave requests of LLM
+            # behind that the next call waits for.
             if self.queue is None:
-                raise failure from error
-            self.queue.put(failure)  # AsyncLLM: to this request's caller; raised here it would end the engine
+                failures.append(failure)
+            else:
+                from vllm.v1.engine.async_llm import InputStreamError
+
+                # Of all that AsyncLLM catches the one that it passes on as it is, and aborts the other children for.
+                self.queue.put(InputStreamError(failure))
         else:
             completion.mm_embedding = embeddings.rows
             completion.mm_embedding_items = embeddings.items
@@ -159,6 +206,22 @@ def _attach_at_finish(original: Callable[..., Any]) -> Callable[..., Any]:
         return completion
 
     return _new_completion_output
+
+
+def _raise_at_the_end(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def step(self: LLMEngine) -> Any:
+        outputs = original(self)
+        failures: list[MMEmbeddingError] | None = self.output_processor.__dict__.get(_FAILURES)
+        if failures and not self.output_processor.has_unfinished_requests():
+            first, *others = failures
+            failures.clear()
+            if others:
+                first.add_note(f"{len(others)} more requests failed, the last one: {others[-1]}")
+            raise first
+        return outputs
+
+    return step
 
 
 def _keep_when_merged(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,7 +271,16 @@ PATCHES = (
         ),
         _tell_where,
         "The engine core must know whether the frontend can read its memory. Requests are made here, in the process "
-        "that gets their outputs; OutputProcessor.add_request does not know whether capture is on.",
+        "that gets their outputs. OutputProcessor.add_request sees by it which requests are to be captured.",
+        _REMOVE_WHEN,
+    ),
+    Patch(
+        "vllm.v1.engine.output_processor",
+        "OutputProcessor.add_request",
+        ("self", "request", "prompt", "parent_req", "request_index", "queue"),
+        _expect,
+        "A completion without its embedding must be an error, and not None as for a request that has none: of several "
+        "engines behind one frontend, one on another host may have been started without capture.",
         _REMOVE_WHEN,
     ),
     Patch(
@@ -255,3 +327,15 @@ PATCHES = (
         "an encoder-cache connector can observe without being a producer or a consumer",
     ),
 )
+
+OFFLINE_PATCHES = (
+    Patch(
+        "vllm.v1.engine.llm_engine",
+        "LLMEngine.step",
+        ("self",),
+        _raise_at_the_end,
+        "Where an error leaves no request behind that the next call of LLM.generate would wait for or return.",
+        _REMOVE_WHEN,
+    ),
+)
+"""Of a module that not every process imports."""

@@ -76,8 +76,11 @@ class _Capture:
     reader: str | None = None  # where it is, see settings.READER
 
 
-def _in_prompt_order(features: Iterable[MultiModalFeatureSpec]) -> list[MultiModalFeatureSpec]:
-    # vLLM passes the prompt_embeds among a chat's parts through the encoder cache, though no encoder made them.
+def encoded_features(features: Iterable[MultiModalFeatureSpec]) -> list[MultiModalFeatureSpec]:
+    """Those with an encoder's output, in prompt order.
+
+    vLLM passes the prompt_embeds among a chat's parts through the encoder cache too, though no encoder made them.
+    """
     encoded = (feature for feature in features if feature.modality != "prompt_embeds")
     return sorted(encoded, key=lambda feature: feature.mm_position.offset)
 
@@ -185,7 +188,7 @@ class SchedulerCapture:
 
     def _start(self, request: Request) -> _Capture | None:
         options = RequestOptions.of(request.sampling_params.extra_args if request.sampling_params else None)
-        features = _in_prompt_order(request.mm_features) if options.capture else []
+        features = encoded_features(request.mm_features) if options.capture else []
         if not features:
             capture = _Capture([], [], delivered=True)
         else:

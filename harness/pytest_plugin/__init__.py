@@ -73,9 +73,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--rounds: {rounds} must be 1 or more")
     if (seconds := config.getoption("--seconds")) is not None:
         if rounds is not None:
-            raise pytest.UsageError("--seconds: leave it out or --rounds, of which each says how long a benchmark runs")
+            raise pytest.UsageError("--seconds and --rounds both say how long a benchmark runs: give one of them")
         if not 0 < seconds < math.inf:
-            raise pytest.UsageError(f"--seconds: {seconds} must be more than 0")
+            raise pytest.UsageError(f"--seconds: {seconds} must be a finite number above 0")
     try:
         names = config.getoption("--model")
         config.stash[_MODELS] = [models.find(name) for name in names or matrix.load_all()]

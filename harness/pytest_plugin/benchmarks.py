@@ -93,6 +93,11 @@ class Cost:
         """The workload as this machine and this model can take it."""
         return workload if on_gpu() else workload.small()
 
+    def needs(self, modality: str) -> None:
+        """Skips the test, before any engine starts for it, where the model takes no such media."""
+        if modality not in self.subject.spec.placeholders:
+            pytest.skip(f"{self.subject.spec.name} takes no {modality}")
+
     def run(self, rounds: Rounds[Any], benchmark: Any, group: str) -> None:
         """Warms up, and fills in the rounds' samples.
 
@@ -105,7 +110,7 @@ class Cost:
         except KeyboardInterrupt:
             if self.session is None or not rounds.keep_complete():
                 raise
-            self.session.shouldstop = "interrupted: the benchmark's rounds up to then count"
+            self.session.shouldstop = "the benchmark's rounds up to then count"
 
     def _warm_up(self, rounds: Rounds[Any]) -> int:
         """Runs what does not count, and says how many rounds are to follow."""
@@ -114,7 +119,7 @@ class Cost:
             return self.rounds
         began = time.monotonic()
         rounds.warm_up()
-        return max(1, round(self.seconds / (time.monotonic() - began)))
+        return max(1, int(self.seconds / (time.monotonic() - began)))
 
     def record(self, ratios: Mapping[str, Ratio], record_property: Callable[[str, object], None]) -> None:
         """Records ratios that have no gate."""
@@ -220,4 +225,6 @@ def cost(subject: Subject, pytestconfig: pytest.Config, request: pytest.FixtureR
     seconds: float | None = pytestconfig.getoption("--seconds")
     every = Arm if on_gpu() else [Arm.ABSENT, Arm.CAPTURING]  # three engines are much for few cores
     chosen = [Arm(arm) for arm in pytestconfig.getoption("--arm") or every]
-    return Cost(subject, rounds or (12 if on_gpu() else 1), tuple(chosen), seconds, request.session)
+    made = Cost(subject, rounds or (12 if on_gpu() else 1), tuple(chosen), seconds, request.session)
+    made.needs("image")
+    return made

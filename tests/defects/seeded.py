@@ -44,7 +44,9 @@ def item_dropped() -> None:
     from harness.capture import scheduler
 
     _replace(
-        scheduler, "_in_prompt_order", lambda original: lambda features: original(features)[:-1] or original(features)
+        scheduler,
+        "encoded_features",
+        lambda original: lambda features: original(features)[:-1] or original(features),
     )
 
 
@@ -52,7 +54,7 @@ def items_swapped() -> None:
     """Items are taken in an order that is not the prompt's."""
     from harness.capture import scheduler
 
-    _replace(scheduler, "_in_prompt_order", lambda original: lambda features: original(features)[::-1])
+    _replace(scheduler, "encoded_features", lambda original: lambda features: original(features)[::-1])
 
 
 def stale_tensor() -> None:
@@ -245,7 +247,7 @@ def repeats_dropped() -> None:
     def once(original: Any) -> Any:
         return lambda features: list({feature.identifier: feature for feature in original(features)}.values())
 
-    _replace(scheduler, "_in_prompt_order", once)
+    _replace(scheduler, "encoded_features", once)
 
 
 def captures_when_idle() -> None:
