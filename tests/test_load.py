@@ -88,11 +88,14 @@ def run(monkeypatch: pytest.MonkeyPatch, engine: Any, interface: Interface, work
     return asyncio.run(load.run(server))
 
 
-def test_an_engine_begins_a_processed_workload_when_it_has_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workload", [load.PROCESSED, load.REPEATED], ids=str)
+def test_an_engine_begins_what_is_processed_when_it_has_all_requests(
+    monkeypatch: pytest.MonkeyPatch, workload: Workload
+) -> None:
     llm = mock.MagicMock()
     llm.enqueue.side_effect = lambda *_args, **_options: time.sleep(0.2)
     llm.wait_for_completion.return_value = []
-    sample = run(monkeypatch, llm, Interface.LLM, load.PROCESSED)
+    sample = run(monkeypatch, llm, Interface.LLM, workload)
     assert [name for name, *_ in llm.mock_calls] == ["sleep", "enqueue", "wake_up", "wait_for_completion"]
     assert sample.seconds < 0.1, "the time of what comes before the engine counts"
 
