@@ -53,13 +53,11 @@ def _second_pass(server: Server) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if reference is None:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        reference = server.__dict__["reference"] = Reference(Path(server.spec.model), dtype)
-        reference.model.model.language_model = None  # its memory is another engine's
-        reference.model.to(device)
+        reference = server.__dict__["reference"] = Reference(Path(server.spec.model), dtype, device=device)
 
     def encode(request: Any) -> torch.Tensor:
         images = request.prompt["multi_modal_data"]["image"]
         inputs = reference.processor.image_processor(images=images, return_tensors="pt")
-        return reference.encode("image", {name: value.to(device) for name, value in inputs.items()}).rows.cpu()
+        return reference.encode("image", dict(inputs)).rows
 
     return encode

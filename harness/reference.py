@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.media import SAMPLING_RATE, Media
 
@@ -52,21 +54,35 @@ class Reference:
         dtype: to compute in.
         encoder: key of ENCODERS.
         num_levels: deepstack levels, zeros for items that have none.
+        device: of the encoder; inputs and outputs are on the CPU. The language model stays there too.
     """
 
     def __init__(
-        self, checkpoint: Path, dtype: torch.dtype = torch.float32, encoder: str = "generic", num_levels: int = 0
+        self,
+        checkpoint: Path,
+        dtype: torch.dtype = torch.float32,
+        encoder: str = "generic",
+        num_levels: int = 0,
+        device: str = "cpu",
     ) -> None:
         self.dtype = dtype
         self.num_levels = num_levels
+        self.device = torch.device(device)
         self._encode = ENCODERS[encoder]
         self.processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint)
         self.model: Any = _load(checkpoint, dtype)
+        self._place(self.device)
+
+    def _place(self, device: torch.device) -> None:
+        for tensor in encoder_tensors(self.model):
+            tensor.data = tensor.data.to(device)
 
     @torch.inference_mode()
     def encode(self, modality: str, inputs: Inputs) -> Encoded:
         """The encoder's output for the items of one modality, one after another."""
-        return self._encode(self, modality, inputs)
+        with self.device, _exact(self.device, self.dtype):
+            found = self._encode(self, modality, {name: _to(value, self.device) for name, value in inputs.items()})
+        return Encoded(*(tensor.cpu() for tensor in found))
 
     def encode_items(self, items: Sequence[Item]) -> Encoded:
         """Rows and levels of items, each encoded from its own inputs."""
@@ -109,14 +125,16 @@ class Reference:
             arguments["audio_kwargs"] = {"sampling_rate": SAMPLING_RATE}
         return dict(self.processor(text=[text], return_tensors="pt", **arguments))
 
-    @torch.inference_mode()
     def generate(self, inputs: Mapping[str, Any], max_new_tokens: int) -> list[int]:
         """Greedy token ids that follow the inputs of `process`."""
         inputs = {
             name: value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in inputs.items()
         }
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        self._place(torch.device("cpu"))
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        self._place(self.device)
         return [int(token) for token in output[0, inputs["input_ids"].shape[1] :]]
 
 
@@ -127,6 +145,35 @@ def _load(checkpoint: Path, dtype: torch.dtype) -> Any:
         # Of an omni model the part that reads, as in vLLM: the whole needs files for the voices of the other part.
         architecture = f"{type(config).__name__.removesuffix('Config')}ThinkerForConditionalGeneration"
     return getattr(transformers, architecture).from_pretrained(checkpoint, dtype=dtype).eval()
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    # A processor's output is not tensors alone.
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def _exact(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """float32 as such: on a GPU convolutions and fused attention may round what they take to TensorFloat-32."""
+    if device.type == "cpu" or dtype != torch.float32:
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+_LANGUAGE_MODELS = ("language_model", "text_model")
+"""What the families call it, beside the encoder; an omni model's is called "model"."""
+
+
+def encoder_tensors(model: torch.nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of all but the language model."""
+    yield from (*model.parameters(recurse=False), *model.buffers(recurse=False))
+    for name, child in model.named_children():
+        if any(hasattr(child, language) for language in _LANGUAGE_MODELS):
+            yield from encoder_tensors(child)
+        elif name not in (*_LANGUAGE_MODELS, "model", "lm_head"):
+            yield from (*child.parameters(), *child.buffers())
 
 
 def _concatenate(pieces: Sequence[Encoded], num_levels: int) -> Encoded:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from harness.engine import Interface
 from harness.engine_process import Server
 from harness.pytest_plugin.subject import PARALLEL, Subject
 from suites.test_contract_basics import assert_same, capture_stats, embedding
@@ -31,7 +30,7 @@ def test_every_request_gets_its_own_rows(subject: Subject, way: str) -> None:
     one = subject.engine()
     truth = [embedding(one.generate(subject.request(item, "one"))[0][0]) for item in media]
     parallel["mm_embedding_cache_gb"] = 0.0
-    engine = subject.engine(interface=Interface.ASYNC_LLM, in_process=False, **parallel)
+    engine = subject.engine(**parallel)
     pairs = list(zip(range(8), [1, 2, 3, 4, 5, 6, 7, 0], strict=True))
     completions = engine.generate(*(subject.request(media[first], "and", media[second]) for first, second in pairs))
     for [completion], (first, second) in zip(completions, pairs, strict=True):

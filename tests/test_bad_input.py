@@ -140,6 +140,15 @@ def test_a_benchmark_of_no_length(session: Callable[..., tuple[int, str]], optio
     assert_one_sentence(output, f"ERROR: {sentence}")
 
 
+def test_a_reference_on_a_gpu_that_is_not_there(
+    session: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, output = session("--reference-device=cuda")
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert_one_sentence(output, "ERROR: --reference-device: torch finds no GPU here: leave the option out, or give cpu")
+
+
 def test_a_cache_folder_that_cannot_be_written(
     session: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

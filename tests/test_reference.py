@@ -5,18 +5,59 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from harness.observe import ProcessedItem
-from harness.reference import Encoded, Reference, omni
+from harness.reference import Encoded, Reference, encoder_tensors, omni
 
 
 def fake(encode: Any, num_levels: int = 0) -> Any:
     """A reference without a model."""
     reference = Reference.__new__(Reference)
     reference.dtype, reference.num_levels, reference._encode = torch.float32, num_levels, encode
+    reference.device = torch.device("cpu")
     return reference
+
+
+class Parts(torch.nn.Module):
+    """A module of these children, each of one weight, or of others."""
+
+    def __init__(self, *weights: str, **children: torch.nn.Module) -> None:
+        super().__init__()
+        for name in weights:
+            self.add_module(name, torch.nn.Linear(1, 1))
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+@pytest.mark.parametrize(
+    ("model", "encoder"),
+    [
+        pytest.param(
+            Parts("lm_head", model=Parts("vision_tower", "projector", "language_model")),
+            {"model.vision_tower", "model.projector"},
+            id="most families",
+        ),
+        pytest.param(
+            Parts("lm_head", model=Parts("vision_model", "connector", "text_model")),
+            {"model.vision_model", "model.connector"},
+            id="Idefics3",
+        ),
+        pytest.param(Parts("lm_head", "visual", "audio_tower", "model"), {"visual", "audio_tower"}, id="omni"),
+    ],
+)
+def test_the_encoder_is_all_but_the_language_model(model: torch.nn.Module, encoder: set[str]) -> None:
+    wanted = {id(tensor) for tensor in encoder_tensors(model)}
+    found = {name.rpartition(".")[0] for name, tensor in model.named_parameters() if id(tensor) in wanted}
+    assert found == encoder
+
+
+def test_a_weight_beside_the_encoder_goes_with_it() -> None:
+    inner = Parts("vision_tower", "language_model")
+    inner.image_newline = torch.nn.Parameter(torch.zeros(3))
+    assert any(tensor is inner.image_newline for tensor in encoder_tensors(Parts(model=inner)))
 
 
 def test_items_without_levels_have_zeros() -> None:

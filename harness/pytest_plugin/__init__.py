@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from packaging.version import Version
 
@@ -49,6 +50,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--rounds", type=int, metavar="N", help="of a benchmark, by default 12 on a GPU, and 1 on a CPU to see it work"
     )
     group.addoption(
+        "--reference-device",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="of the Hugging Face encoder; on a GPU a full-size one takes seconds instead of minutes (default: cpu)",
+    )
+    group.addoption(
         "--seconds",
         type=float,
         metavar="N",
@@ -69,6 +76,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if results is not None and (results.is_dir() or not results.parent.is_dir()):
         # Found out after hours, it would lose all that was measured.
         raise pytest.UsageError(f"--results: {results} cannot be written: name a file in a folder that exists")
+    if config.getoption("--reference-device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--reference-device: torch finds no GPU here: leave the option out, or give cpu")
     if (rounds := config.getoption("--rounds")) is not None and rounds < 1:
         raise pytest.UsageError(f"--rounds: {rounds} must be 1 or more")
     if (seconds := config.getoption("--seconds")) is not None:
@@ -188,7 +197,8 @@ def subject(request: pytest.FixtureRequest, engine_pool: EnginePool) -> Subject:
         path = folder or checkpoints.build(spec.recipe)
         thorough = _is_thorough(request.config, request.param)
         options = request.config.stash[_ENGINE_OPTIONS]
-        return Subject(spec, path, engine_pool, embedded=folder is None, thorough=thorough, user_options=options)
+        device = request.config.getoption("--reference-device")
+        return Subject(spec, path, engine_pool, folder is None, thorough, reference_device=device, user_options=options)
     except checkpoints.CheckpointError as error:
         pytest.fail(str(error), pytrace=False)
 

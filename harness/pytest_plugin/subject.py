@@ -118,6 +118,7 @@ class Subject:
         pool: of engines.
         embedded: whether the checkpoint is a tiny one of ours, and not the user's.
         thorough: whether the tests run that start many engines for what does not depend on the model.
+        reference_device: of the Hugging Face encoder.
         user_options: keyword arguments of EngineArgs that the user set for all engines of the session.
     """
 
@@ -126,6 +127,7 @@ class Subject:
     pool: EnginePool
     embedded: bool
     thorough: bool
+    reference_device: str = "cpu"
     user_options: Mapping[str, Any] = field(default_factory=dict)
     _observed: dict[str, Observed] = field(default_factory=dict)
     _processed: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -146,7 +148,7 @@ class Subject:
         self, arm: Arm = Arm.CAPTURING, interface: Interface = Interface.LLM, *, in_process: bool = True, **options: Any
     ) -> EngineSpec:
         """What `engine` starts."""
-        if self.data_parallel:
+        if _is_data_parallel({**options, **self.user_options}):
             interface, in_process = Interface.ASYNC_LLM, False  # vLLM's LLM refuses data_parallel_size
         options = {"max_num_seqs": 8, "enforce_eager": True, "seed": 0, **self.spec.engine_options, **options}
         if in_process:
@@ -188,14 +190,9 @@ class Subject:
         if limit < number:
             pytest.skip(f"{self.spec.name} takes {limit} {modality} a prompt")
 
-    @property
-    def data_parallel(self) -> bool:
-        """Whether the user asks for several engines behind one frontend."""
-        return int(self.user_options.get("data_parallel_size", 1)) > 1
-
     def needs_core(self) -> None:
         """Skips the test, which looks into the engine core, where that cannot run in this side's process."""
-        if self.data_parallel:
+        if _is_data_parallel(self.user_options):
             pytest.skip("data_parallel_size: its engines have processes of their own, where this test cannot look into")
 
     @functools.cached_property
@@ -228,7 +225,8 @@ class Subject:
     def reference(self, dtype: torch.dtype = torch.float32) -> Reference:
         """The Hugging Face model, once a session."""
         if dtype not in self._references:
-            self._references[dtype] = Reference(self.path, dtype, self.spec.reference, self.spec.num_levels)
+            levels = self.spec.num_levels
+            self._references[dtype] = Reference(self.path, dtype, self.spec.reference, levels, self.reference_device)
         return self._references[dtype]
 
     def tolerance(self, items: Sequence[ProcessedItem], dtype: torch.dtype) -> Tolerance:
@@ -237,6 +235,10 @@ class Subject:
             return Tolerance.float32()
         truth, own = (self.reference(each).encode_items(items).rows for each in (torch.float32, dtype))
         return Tolerance.measured(truth, own)
+
+
+def _is_data_parallel(options: Mapping[str, Any]) -> bool:
+    return int(options.get("data_parallel_size", 1)) > 1
 
 
 class _Frozen(tuple[tuple[str, Any], ...]):
