@@ -75,7 +75,7 @@ async def final_outputs(server: Server, requests: Sequence[Request]) -> list[Any
     from vllm.sampling_params import RequestOutputKind
 
     if server.spec.interface is Interface.LLM:
-        outputs: list[Any] = server.engine.generate(*arguments(requests), use_tqdm=False)
+        outputs: list[Any] = server.engine.generate(*prompts_and_params(requests), use_tqdm=False)
         return outputs
 
     async def final(request: Request) -> Any:
@@ -86,7 +86,7 @@ async def final_outputs(server: Server, requests: Sequence[Request]) -> list[Any
     return await asyncio.gather(*map(final, requests))
 
 
-def arguments(requests: Sequence[Request]) -> tuple[list[dict[str, Any]], list[Any]]:
+def prompts_and_params(requests: Sequence[Request]) -> tuple[list[dict[str, Any]], list[Any]]:
     """Prompts and SamplingParams, as the methods of vLLM's LLM take them."""
     from vllm import SamplingParams
 

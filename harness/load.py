@@ -18,7 +18,7 @@ import numpy as np
 
 from harness import cases
 from harness.engine import Interface, Request
-from harness.engine_process import Server, arguments, final_outputs, stream
+from harness.engine_process import Server, final_outputs, prompts_and_params, stream
 from harness.matrix import ModelSpec
 from harness.media import Media, image, video
 
@@ -41,9 +41,9 @@ class Workload:
         processed: the same media too, forgotten by the prefix cache, the encoder cache and the store and not by the
             processor's cache.
 
-    What is asked again or processed is so for the time of the engine alone, which `run` lets begin when it has all
-    requests: else processing takes most of the time, on the CPU, and requests that come in one by one are batched
-    otherwise in each round, and both hide what capture costs.
+    What is `known` is so for the time of the engine alone, which `run` lets begin when it has all requests: else
+    processing takes most of the time, on the CPU, and requests that come in one by one are batched otherwise in each
+    round, and both hide what capture costs.
     """
 
     name: str
@@ -66,6 +66,11 @@ class Workload:
         """Of its media."""
         return "image" if self.frames == 1 else "video"
 
+    @property
+    def known(self) -> bool:
+        """Whether the processor has seen a round's media in the one before."""
+        return self.again or self.processed
+
     def small(self) -> Workload:
         """The same shape of work for a tiny model on a CPU."""
         return dataclasses.replace(
@@ -80,7 +85,7 @@ class Workload:
 
     def parts(self, round_number: int) -> Iterator[tuple[cases.Part, ...]]:
         """The prompt of each request."""
-        first = 0 if self.again or self.processed else round_number * self.requests * self.items
+        first = 0 if self.known else round_number * self.requests * self.items
         groups = self.requests // self.texts
         for index in range(self.requests):
             if self.text_only and index % 2:
@@ -118,7 +123,7 @@ class Sample:
     """What one round of an offline batch gave.
 
     Attributes:
-        seconds: of all requests together, preprocessing included unless they are asked again or `processed`.
+        seconds: of all requests together, preprocessing included unless they are `known`.
         requests: that finished.
         tokens: that were generated.
         with_embedding: completions that carry embeddings.
@@ -183,7 +188,7 @@ async def prepare(server: Server, spec: ModelSpec, workload: Workload, round_num
 async def run(server: Server, keep: bool = False) -> Sample:
     """The prepared requests as one offline batch. `keep`: until `drop`, as a user who collects the outputs does."""
     round_ = prepared(server)
-    if round_.made_of is not None and (round_.made_of[0].again or round_.made_of[0].processed):
+    if round_.made_of is not None and round_.made_of[0].known:
         outputs, seconds = await _once_all_wait(server, round_.requests)
     else:
         began = time.perf_counter()
@@ -209,7 +214,7 @@ async def _once_all_wait(server: Server, requests: list[Request]) -> tuple[list[
     asleep = engine.sleep(level=0, mode="keep")  # requests are taken in and wait
     if server.spec.interface is Interface.LLM:
         try:
-            engine.enqueue(*arguments(requests), use_tqdm=False)
+            engine.enqueue(*prompts_and_params(requests), use_tqdm=False)
         finally:  # an engine that stays asleep would let every later round wait for ever
             began = time.perf_counter()
             engine.wake_up(tags=schedule)

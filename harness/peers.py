@@ -58,6 +58,6 @@ def _second_pass(server: Server) -> Any:
     def encode(request: Any) -> torch.Tensor:
         images = request.prompt["multi_modal_data"]["image"]
         inputs = reference.processor.image_processor(images=images, return_tensors="pt")
-        return reference.encode("image", dict(inputs)).rows
+        return reference.encode("image", inputs).rows
 
     return encode

@@ -211,7 +211,7 @@ def metrics(server: Server) -> dict[str, float]:
     for metric in get_metrics_snapshot():
         if metric.name.startswith(prefix):
             found[metric.name.removeprefix(prefix)] += metric.value
-    return found
+    return dict(found)  # of which a name that is missing is an error, and not 0
 
 
 @pytest.mark.clause("C11")

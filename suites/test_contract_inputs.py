@@ -17,12 +17,7 @@ from harness.media import image
 from harness.pytest_plugin.subject import Subject
 from suites.test_contract_basics import embedding
 
-pytestmark = [pytest.mark.suite("contract"), pytest.mark.once]
-
-
-@pytest.fixture(autouse=True)
-def _needs_core(subject: Subject) -> None:
-    subject.needs_core()
+pytestmark = [pytest.mark.suite("contract"), pytest.mark.once, pytest.mark.usefixtures("core")]
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,9 @@ from harness.media import Media, image
 from harness.pytest_plugin.subject import Subject
 from suites.test_contract_basics import assert_same, capture_stats, embedding, metrics
 
-pytestmark = [pytest.mark.suite("contract"), pytest.mark.clause("C7")]
+pytestmark = [pytest.mark.suite("contract"), pytest.mark.clause("C7"), pytest.mark.usefixtures("core")]
 
 LONG = "a rather long text, so that whole blocks of the prefix cache are filled by it. " * 4
-
-
-@pytest.fixture(autouse=True)
-def _needs_core(subject: Subject) -> None:
-    subject.needs_core()
 
 
 @pytest.fixture(scope="module")

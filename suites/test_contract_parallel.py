@@ -31,7 +31,7 @@ def test_every_request_gets_its_own_rows(subject: Subject, way: str) -> None:
     truth = [embedding(one.generate(subject.request(item, "one"))[0][0]) for item in media]
     parallel["mm_embedding_cache_gb"] = 0.0
     engine = subject.engine(**parallel)
-    pairs = list(zip(range(8), [1, 2, 3, 4, 5, 6, 7, 0], strict=True))
+    pairs = [(index, (index + 1) % 8) for index in range(8)]
     completions = engine.generate(*(subject.request(media[first], "and", media[second]) for first, second in pairs))
     for [completion], (first, second) in zip(completions, pairs, strict=True):
         assert_same(completion, truth[first], truth[second])

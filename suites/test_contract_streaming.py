@@ -85,6 +85,7 @@ def test_a_frontend_elsewhere_gets_the_same(subject: Subject, engine: Engine) ->
     here = [engine.generate(request)[0] for request in requests]
     elsewhere, handles = engine.call(generate_from_elsewhere, requests)
     assert handles == 0, "a frontend elsewhere got a handle, which it cannot open"
+    one_engine = dict(engine.spec.options).get("data_parallel_size", 1) == 1
     for own, others in zip(here, elsewhere, strict=True):
         for expected, found in zip(own, others, strict=True):
             assert found.mm_embedding_items == expected.mm_embedding_items
@@ -93,9 +94,12 @@ def test_a_frontend_elsewhere_gets_the_same(subject: Subject, engine: Engine) ->
                 assert (rows is None) == (truth is None), name
                 if truth is not None:
                     assert rows.is_contiguous()
-                    # Another of several engines may have encoded it again, in another batch.
-                    found_rows = compare(rows.flatten(0, -2), truth.flatten(0, -2), tolerance=other_batch(truth.dtype))
-                    assert found_rows.ok, f"{name}: {found_rows.explain()}"
+                    if one_engine:
+                        torch.testing.assert_close(rows, truth)
+                        continue
+                    # Another engine may have encoded it again, in another batch.
+                    comparison = compare(rows.flatten(0, -2), truth.flatten(0, -2), tolerance=other_batch(truth.dtype))
+                    assert comparison.ok, f"{name}: {comparison.explain()}"
     assert here[1][0].mm_embedding_levels is not None, "no levels were asked for: the test could not fail"
     stats = engine.call(capture_stats)
     assert not any(stats[name] for name in ("admitted", "requests", "leases", "held_bytes")), f"still held: {stats}"

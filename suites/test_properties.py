@@ -16,7 +16,7 @@ from harness.engine_process import Server
 from harness.media import audio, image
 from harness.pytest_plugin.subject import Subject
 
-pytestmark = [pytest.mark.suite("properties"), pytest.mark.clause("C3", "C7")]
+pytestmark = [pytest.mark.suite("properties"), pytest.mark.clause("C3", "C7"), pytest.mark.usefixtures("core")]
 
 EXAMPLES = 5
 """Of each model; the same ones on every run of CI, others elsewhere (hypothesis' profiles)."""
@@ -50,7 +50,6 @@ def forget(server: Server) -> None:
 
 
 def test_rows_do_not_depend_on_the_batch(subject: Subject, record_property: Callable[[str, object], None]) -> None:
-    subject.needs_core()
     engine = subject.engine()
     ran = []
 

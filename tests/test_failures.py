@@ -23,7 +23,6 @@ from harness.capture.scheduler import DELIVERY
 from harness.capture.settings import READER
 
 WRAPPED = {"OutputProcessor": OutputProcessor, "RequestState": RequestState, "LLMEngine": LLMEngine}
-REFUSED = {DELIVERY: {"error": "Request {} has no mm_embedding: it is too large.", "status": 400}}
 
 
 @pytest.fixture
@@ -50,8 +49,9 @@ def add(processor: OutputProcessor, name: str, expected: bool = True, **options:
 
 def ended(name: str, reason: FinishReason = FinishReason.STOP, refused: bool = False) -> EngineCoreOutput:
     """The only output of a request."""
-    message = {DELIVERY: {**REFUSED[DELIVERY], "error": str(REFUSED[DELIVERY]["error"]).format(name)}}
-    return EngineCoreOutput(name, [7], finish_reason=reason, ec_transfer_params=message if refused else None)
+    delivery = {"error": f"Request {name} has no mm_embedding: it is too large.", "status": 400}
+    params = {DELIVERY: delivery} if refused else None
+    return EngineCoreOutput(name, [7], finish_reason=reason, ec_transfer_params=params)
 
 
 def llm_engine(processor: OutputProcessor, *steps: list[EngineCoreOutput]) -> LLMEngine:

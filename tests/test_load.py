@@ -82,7 +82,7 @@ def test_small_is_the_same_shape_of_work(workload: Workload) -> None:
 
 def run(monkeypatch: pytest.MonkeyPatch, engine: Any, interface: Interface, workload: Workload) -> load.Sample:
     server = Server(EngineSpec("model", interface=interface), engine)
-    monkeypatch.setattr(load, "arguments", lambda _requests: ([], []))
+    monkeypatch.setattr(load, "prompts_and_params", lambda _requests: ([], []))
     load.prepared(server).made_of = (workload, [])
     load.prepared(server).requests = [Request({}), Request({})]
     return asyncio.run(load.run(server))
@@ -108,7 +108,7 @@ def test_an_engine_does_not_stay_asleep_where_a_request_is_refused(monkeypatch: 
     assert [name for name, *_ in llm.mock_calls] == ["sleep", "enqueue", "wake_up"]
 
 
-def test_so_it_does_with_async_llm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_async_llm_begins_what_is_processed_when_it_has_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
     async def called(name: str) -> None:

@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--seconds",
         type=float,
         metavar="N",
-        help="of each benchmark, instead of --rounds: as many as fit",
+        help="how long each benchmark runs, instead of --rounds: as many rounds as fit",
     )
     group.addoption("--peers", action="store_true", help="benchmark other ways to get at embeddings too")
     group.addoption("--golden-store", type=Path, metavar="FOLDER", help="of the goldens of your own checkpoints")
@@ -198,9 +198,23 @@ def subject(request: pytest.FixtureRequest, engine_pool: EnginePool) -> Subject:
         thorough = _is_thorough(request.config, request.param)
         options = request.config.stash[_ENGINE_OPTIONS]
         device = request.config.getoption("--reference-device")
-        return Subject(spec, path, engine_pool, folder is None, thorough, reference_device=device, user_options=options)
+        return Subject(
+            spec,
+            path,
+            engine_pool,
+            embedded=folder is None,
+            thorough=thorough,
+            reference_device=device,
+            user_options=options,
+        )
     except checkpoints.CheckpointError as error:
         pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def core(subject: Subject) -> None:
+    """For tests that look into the engine core: skips them where it cannot be in the process of their functions."""
+    subject.needs_core()
 
 
 def _too_old(spec: matrix.ModelSpec) -> str | None:

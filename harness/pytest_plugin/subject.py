@@ -193,7 +193,7 @@ class Subject:
     def needs_core(self) -> None:
         """Skips the test, which looks into the engine core, where that cannot run in this side's process."""
         if _is_data_parallel(self.user_options):
-            pytest.skip("data_parallel_size: its engines have processes of their own, where this test cannot look into")
+            pytest.skip("data_parallel_size: its engines have processes of their own, into which this test cannot look")
 
     @functools.cached_property
     def weights_digest(self) -> str:
