@@ -49,7 +49,7 @@ def delivered(capture: SchedulerCapture, reader: str | None, worker: str = "copi
     assert capture.admit(request, 0)
     step = SchedulerOutput.make_empty()
     step.num_scheduled_tokens = {"r": request.num_tokens}
-    plan = capture.plan(step, {"r": request})
+    plan = capture.plan(step)
     writer = Writer(plan.owner)
     for item, block in plan.copies:
         if worker == "copies":

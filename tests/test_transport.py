@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -253,6 +254,47 @@ def test_read_returns_the_spans_in_order(arena: Arena, dtype: str, device: str) 
     assert rows.is_contiguous()
     assert arena.reap() == ([lease], [])
     writer.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stamp_follows_all_of_its_data(device: str) -> None:
+    arena = Arena(256 << 20)
+    writer = Writer(arena.address, device)
+    rows = make_rows(1, 1 << 16)  # 8 MiB: on a GPU the copy is under way when the reader begins to look
+    try:
+        for _ in range(8):
+            blocks = [allocate(arena, rows.nbytes) for _ in range(4)]
+            sources = [(rows + index).to(device) for index in range(4)]
+            writer.write_many(zip(blocks, sources, strict=True))
+            for index in (3, 0, 1, 2):
+                assert torch.equal(read(lease_of(arena, blocks[index])[1]), rows + index)
+            arena.reap()
+            for block in blocks:
+                arena.free(block)  # so that the next ones lie where other data and stamps were
+    finally:
+        writer.close()
+        arena.close()
+
+
+def test_memory_of_large_rows_goes_back_to_the_system() -> None:
+    shape = (1 << 14, WIDTH)  # 2 MiB
+
+    def use() -> None:
+        kept = [transport.empty(shape, torch.float32).fill_(1.0) for _ in range(64)]
+        kept.pop(0)  # malloc learns from the first one freed what to keep
+        kept += [transport.empty(shape, torch.float32).fill_(1.0) for _ in range(32)]
+
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    use()  # what is loaded at the first use stays
+    before = resident()
+    thread = threading.Thread(target=use)  # as a reader, whose arena malloc keeps too
+    thread.start()
+    thread.join()
+    use()
+    gc.collect()
+    assert resident() - before < 16 << 20
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -864,8 +906,10 @@ def test_a_writer_killed_before_its_stamp(arena: Arena) -> None:
 def test_a_process_that_may_not_open_the_memory(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     handle = lease_of(arena, allocate(arena, 128))[1]
 
-    def forbidden(*args: object, **kwargs: object) -> int:
-        raise PermissionError
+    def forbidden(path: str, *args: Any, opened: Callable[..., int] = os.open) -> int:
+        if "/fd/" in path:
+            raise PermissionError
+        return opened(path, *args)
 
     monkeypatch.setattr(os, "open", forbidden)
     with pytest.raises(TransportError, match="same user") as caught:

@@ -34,7 +34,6 @@ class MMEmbeddingConnector(ECConnectorBase):
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         super().__init__(vllm_config, role)
-        self._requests: dict[str, Request] = {}
         self._encoder_cache: dict[str, torch.Tensor] = {}
         self.capture: Any = SchedulerCapture.of(vllm_config) if role is ECConnectorRole.SCHEDULER else WorkerCapture()
         self._poll = Poll(self.capture) if isinstance(self.capture, SchedulerCapture) else None
@@ -68,11 +67,11 @@ class MMEmbeddingConnector(ECConnectorBase):
         self.capture.allocated(request.mm_features[index].identifier)
 
     def ensure_cache_available(self, request: Request, num_computed_tokens: int) -> bool:
-        self._requests[request.request_id] = request
-        return bool(self.capture.admit(request, num_computed_tokens))
+        admitted: bool = self.capture.admit(request, num_computed_tokens)
+        return admitted
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ECConnectorMetadata:
-        plan: StepPlan = self.capture.plan(scheduler_output, self._requests)
+        plan: StepPlan = self.capture.plan(scheduler_output)
         return plan
 
     def take_unavailable_requests(self) -> set[str]:
@@ -80,7 +79,6 @@ class MMEmbeddingConnector(ECConnectorBase):
         return unavailable
 
     def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
-        self._requests.pop(request.request_id, None)
         self.capture.request_finished(request.request_id)
         return False, None
 

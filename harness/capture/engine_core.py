@@ -32,6 +32,16 @@ def _activate(original: Callable[..., Any]) -> Callable[..., Any]:
     return initialise
 
 
+def _one_reply(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def init_ec_output_aggregator(self: Executor) -> None:
+        config = self.vllm_config.ec_transfer_config
+        if config is None or config.ec_connector != CONNECTOR:
+            original(self)
+
+    return init_ec_output_aggregator
+
+
 def _capture_of(scheduler: Scheduler) -> SchedulerCapture | None:
     config = scheduler.vllm_config.ec_transfer_config
     if config is None or config.ec_connector != CONNECTOR:
@@ -90,6 +100,15 @@ PATCHES = (
         "The encoder-cache connector must be in the configuration before workers are made and after the configuration "
         "was validated: validating a consumer sets enable_mm_embeds, and clients could send embeddings.",
         "an encoder-cache connector can observe without being a producer or a consumer",
+    ),
+    Patch(
+        "vllm.v1.executor.abstract",
+        "Executor.init_ec_output_aggregator",
+        ("self",),
+        _one_reply,
+        "With it every worker replies at every step, with the tokens, and the engine core waits for them all, to join "
+        "what their connectors report. Ours report nothing; with tensor parallel 2 it takes 4 % of the throughput.",
+        "connectors can say that they report nothing, as KVOutputAggregator.from_connector asks them",
     ),
     Patch(
         "vllm.v1.core.sched.scheduler",

@@ -104,8 +104,12 @@ def _read(delivery: dict[str, Any]) -> _Embeddings:
         start += num_rows
     levels = None
     if delivery["levels"]:
-        levels = packed[:, hidden_size:].unflatten(1, (-1, hidden_size)).transpose(0, 1).contiguous()
-    return _Embeddings(packed[:, :hidden_size].contiguous(), levels, items)
+        levels = _own(packed[:, hidden_size:].unflatten(1, (-1, hidden_size)).transpose(0, 1))
+    return _Embeddings(_own(packed[:, :hidden_size]), levels, items)
+
+
+def _own(rows: Tensor) -> Tensor:
+    return rows if rows.is_contiguous() else transport.empty(rows.shape, rows.dtype).copy_(rows)
 
 
 def _not_sent(request_id: str) -> NoReturn:

@@ -91,14 +91,14 @@ class Poll:
 
     def __init__(self, capture: SchedulerCapture) -> None:
         self._capture = capture
-        self._last = capture.counts()
+        self._last = capture.snapshot()
 
     def __call__(self) -> Changes | None:
         """The changes since the last call; None if there are none."""
-        last, now = self._last, self._capture.counts()
-        if now == last:
+        before, self._last = self._last, self._capture.snapshot()
+        if self._last == before:
             return None
-        self._last = now
+        last, now = before.counts(), self._last.counts()
         data = {key: now[key] for key in GAUGES if now[key] != last[key]}
         data |= {key: now[key] - last[key] for key in COUNTERS if now[key] != last[key]}
         return Changes(data)

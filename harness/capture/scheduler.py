@@ -6,13 +6,13 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata
 from vllm.logger import init_logger
 
 from harness.capture.settings import CaptureSettings, RequestOptions
-from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, Loan
+from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, Loan, Stats
 from harness.capture.transport import Address, Arena, Block, SegmentId, TransportError, pack, read, whereabouts
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def num_levels(model_config: ModelConfig) -> int:
 class _Capture:
     """A request that is being captured, from its admission to its end."""
 
+    request: Request
     items: list[Item]  # in prompt order
     features: list[MultiModalFeatureSpec]  # likewise
     levels: bool = False
@@ -100,9 +101,27 @@ def _error(message: str, status: HTTPStatus = HTTPStatus.INTERNAL_SERVER_ERROR) 
     return {"error": message, "status": int(status)}
 
 
+class Snapshot(NamedTuple):
+    """Counts of one moment: the store's, requests that have not ended, and those of SchedulerCapture."""
+
+    store: Stats
+    admitted: int
+    forced_prefills: int
+    reused: int
+
+    def counts(self) -> dict[str, int]:
+        """By name."""
+        own = self._asdict()
+        return {**own.pop("store")._asdict(), **own}
+
+
 @dataclass
 class SchedulerCapture:
-    """The scheduler's half of the connector; its methods are called from the connector's methods of like names."""
+    """The scheduler's half of the connector; its methods are called from the connector's methods of like names.
+
+    What it does at every step, for every request that runs, is kept to a look into a dictionary: while the engine
+    decodes, the GPU waits for the scheduler.
+    """
 
     settings: CaptureSettings
     hidden_size: int
@@ -113,6 +132,7 @@ class SchedulerCapture:
     reused: int = 0
     """Items that were loaded into the encoder cache instead of encoded again."""
     _captures: dict[str, _Capture] = field(default_factory=dict)
+    _undelivered: dict[str, _Capture] = field(default_factory=dict)  # those of them that have had no output
     _failures: dict[str, str] = field(default_factory=dict)
     _ended: list[str] | None = None
     _asked: dict[str, Item] = field(default_factory=dict)  # items of the request that is being scheduled
@@ -145,12 +165,14 @@ class SchedulerCapture:
         return self.counts()
 
     def counts(self) -> dict[str, int]:
-        """The same, cheap enough for every step: without a look at the leases, of which some may be done."""
+        """The same, without a look at the leases, of which some may be done."""
+        return self.snapshot().counts()
+
+    def snapshot(self) -> Snapshot:
+        """What `counts` tells, cheap enough for every step."""
         # A request that ends in this step is gone for vLLM: its own metrics do not count it as running.
         ending = sum(request_id in self._captures for request_id in self._ended or ())
-        admitted = len(self._captures) - ending
-        own = {"admitted": admitted, "forced_prefills": self.forced_prefills, "reused": self.reused}
-        return {**self.store.stats()._asdict(), **own}
+        return Snapshot(self.store.stats(), len(self._captures) - ending, self.forced_prefills, self.reused)
 
     def close(self) -> None:
         """Gives all memory back."""
@@ -166,7 +188,8 @@ class SchedulerCapture:
             capture = self._start(request)
             if capture is None:
                 return False
-        self._asked = self._loadable(capture)
+        if self.settings.reuse:
+            self._asked = self._loadable(capture)
         if capture.delivered:
             return True
         pending = self.store.pending(request.request_id)
@@ -190,7 +213,7 @@ class SchedulerCapture:
         options = RequestOptions.of(request.sampling_params.extra_args if request.sampling_params else None)
         features = encoded_features(request.mm_features) if options.capture else []
         if not features:
-            capture = _Capture([], [], delivered=True)
+            capture = _Capture(request, [], [], delivered=True)
         else:
             packed = options.levels or self.settings.reuse
             width = self.hidden_size * (1 + self.num_levels if packed else 1)
@@ -211,7 +234,8 @@ class SchedulerCapture:
             except ItemTooLarge as error:
                 self._fail(request, f"{error} (mm_embedding_memory_gb)")
                 return None
-            capture = _Capture(items, features, options.levels, reader=options.reader)
+            capture = _Capture(request, items, features, options.levels, reader=options.reader)
+            self._undelivered[request.request_id] = capture
         self._captures[request.request_id] = capture
         return capture
 
@@ -222,18 +246,16 @@ class SchedulerCapture:
         """Requests that the scheduler must end with an error."""
         return set(self._failures)
 
-    def plan(self, scheduler_output: SchedulerOutput, requests: dict[str, Request]) -> StepPlan:
+    def plan(self, scheduler_output: SchedulerOutput) -> StepPlan:
         """The copies of this step: every item that has rows among the scheduled tokens and was not copied before.
 
         The worker reads them where the model does, from its encoder cache after the encoder ran: computed in this step,
         by another request or for the second time, it is there.
         """
         copies = []
-        for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
-            capture = self._captures.get(request_id)
-            if capture is None or capture.delivered:
-                continue
-            start = requests[request_id].num_computed_tokens
+        for request_id, capture in self._undelivered.items():
+            num_tokens = scheduler_output.num_scheduled_tokens.get(request_id, 0)
+            start = capture.request.num_computed_tokens
             for item, feature in zip(capture.items, capture.features, strict=True):
                 if _num_embeds(feature, start, start + num_tokens):
                     block = self.store.dispatch(request_id, item)
@@ -253,8 +275,6 @@ class SchedulerCapture:
         return StepPlan(self._arena.address, copies, loads, self.settings.reuse, made, given_back)
 
     def _loadable(self, capture: _Capture) -> dict[str, Item]:
-        if not self.settings.reuse:
-            return {}
         # Beside deepstack levels, what has none (audio) is kept with zeros in their place, and is not what was encoded.
         return {
             item.identifier: item
@@ -286,6 +306,7 @@ class SchedulerCapture:
             self._ended.append(request_id)
             return
         self._captures.pop(request_id, None)
+        self._undelivered.pop(request_id, None)
         self._failures.pop(request_id, None)
         self.store.release(request_id)
 
@@ -298,9 +319,12 @@ class SchedulerCapture:
 
         Not on the last one: a stop string is found in the frontend, where nothing comes after it.
         """
-        for client_outputs in outputs:
-            for output in client_outputs.outputs:
-                self._deliver(output)
+        if self._undelivered or self._failures:
+            for client_outputs in outputs:
+                for output in client_outputs.outputs:
+                    self._deliver(output)
+        # One rank replied. The others have read the blocks too: the language model's collective operations, which this
+        # step's tokens came through, run after the loads on each of them.
         for loan in self._loans_of_steps.popleft() if self._loans_of_steps else ():
             self.store.end_loan(loan)
         ended, self._ended = self._ended or [], None
@@ -311,8 +335,8 @@ class SchedulerCapture:
         if (failure := self._failures.get(output.request_id)) is not None:
             delivery = _error(failure, HTTPStatus.BAD_REQUEST)
         else:
-            capture = self._captures.get(output.request_id)
-            if capture is None or capture.delivered:
+            capture = self._undelivered.pop(output.request_id, None)
+            if capture is None:
                 return
             capture.delivered = True
             if self.store.pending(output.request_id):

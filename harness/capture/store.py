@@ -17,7 +17,9 @@ import torch
 
 from harness.capture.transport import Arena, Block, Lease, SegmentId, Span, TransportError, footprint
 
-_REAP_SECONDS = 0.02
+_REAP_SECONDS = 0.1
+"""How often the thread looks. While it does, the engine's step waits for the interpreter; and `acquire`, which may need
+the memory, looks for itself."""
 
 
 class ItemTooLarge(TransportError):  # noqa: N818 - the state that it reports

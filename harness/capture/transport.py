@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import mmap
 import os
 import secrets
@@ -133,11 +134,17 @@ def _write_word(fd: int, offset: int, value: int) -> None:
 def _process_start(pid: int) -> int | None:
     """When the process started, in clock ticks since boot; None if it has ended (a zombie has)."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
-    return None if fields[0] in "ZXx" else int(fields[19])
+    try:
+        stat = os.read(fd, 4096)
+    except ProcessLookupError:
+        return None
+    finally:
+        os.close(fd)
+    fields = stat.rpartition(b")")[2].split()  # the name before it may hold anything
+    return None if fields[0] in b"ZXx" else int(fields[19])
 
 
 # --- owner -----------------------------------------------------------------------------------------------------------
@@ -213,16 +220,12 @@ class Arena:
         self._free_slots: list[int] = []
         self._num_slots = 0
         self.held_bytes = 0
+        self.mapped_bytes = 0  # size of all segments; above the cap only while fragments of blocks in use force it
         self._closed = False
         ledger = _memfd("vllm-mm-embedding-ledger", 0)
         started = _process_start(os.getpid())
         assert started is not None
         self.address = Address(os.getpid(), started, os.fstat(ledger.fd).st_dev, ledger)
-
-    @property
-    def mapped_bytes(self) -> int:
-        """Size of all segments. Above the cap only while fragments of blocks in use force it."""
-        return sum(segment.nbytes for segment in self._segments.values())
 
     def allocate(self, nbytes: int, *, fragmented: bool = False) -> Block | None:
         """A block for `nbytes` of data, or None if there is no room below the cap now.
@@ -246,6 +249,7 @@ class Arena:
                 return None
             segment = _Segment(_round_up(max(needed, min(size, room)), mmap.PAGESIZE))
             self._segments[segment.id] = segment
+            self.mapped_bytes += segment.nbytes
             self._made.append(segment.id)
             offset = segment.take(needed)
             assert offset is not None
@@ -365,6 +369,7 @@ class Arena:
 
     def _give_back(self, segment: _Segment) -> None:
         del self._segments[segment.id]
+        self.mapped_bytes -= segment.nbytes
         self._given_back.append(segment.id)
         segment.close()
 
@@ -394,10 +399,10 @@ def _opened(address: Address, segment: SegmentId, flags: int) -> Iterator[int]:
         BlockGone: the owner ended, or its descriptor is another file now.
         TransportError: this process may not open it.
     """
-    path = Path(f"/proc/{address.pid}/fd/{segment.fd}")
+    path = f"/proc/{address.pid}/fd/{segment.fd}"
     expected = (address.device, segment.inode)
     try:
-        stat = path.stat()
+        stat = os.stat(path)  # noqa: PTH116 - runs beside the event loop, of which pathlib takes three times as much
         if (stat.st_dev, stat.st_ino) != expected:  # before the open, which can have effects on a foreign file
             raise FileNotFoundError
         fd = os.open(path, flags | os.O_CLOEXEC)
@@ -433,13 +438,12 @@ def _owner_gone(address: Address) -> BlockGone:
 
 
 class _Copy(NamedTuple):
-    """One step of a batch: bytes of `source` to `data` if there is a source, then `stamp` to `header`."""
+    """One step of a batch: bytes of `source` to the block's data if there is a source, then `stamp` to its header."""
 
     pages: Tensor  # of the segment
-    data: Tensor  # uint8, (nbytes,)
-    header: Tensor  # int64, (1,)
+    block: Block
     stamp: int
-    source: Tensor | None
+    source: Tensor | None  # contiguous
 
 
 class _Copier(Protocol):
@@ -454,8 +458,9 @@ class _Copier(Protocol):
     def close(self) -> None: ...
 
 
-def _as(data: Tensor, source: Tensor) -> Tensor:
-    return data.view(source.dtype).view(source.shape)
+def _data(pages: Tensor, block: Block) -> Tensor:
+    start = block.offset + HEADER_BYTES
+    return pages[start : start + block.nbytes]
 
 
 class _HostCopier:
@@ -468,10 +473,10 @@ class _HostCopier:
         pass
 
     def copy(self, batch: Sequence[_Copy]) -> None:
-        for _pages, data, header, stamp, source in batch:
+        for pages, block, stamp, source in batch:
             if source is not None:
-                _as(data, source).copy_(source)
-            header.fill_(stamp)
+                _data(pages, block).copy_(source.view(-1).view(torch.uint8))
+            pages[block.offset : block.offset + _WORD].view(torch.int64).fill_(stamp)
 
     def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
         del pages
@@ -514,19 +519,21 @@ class _CudaCopier:
         _cuda("cuMemHostUnregister", ctypes.c_void_p(pages.data_ptr()))
 
     def copy(self, batch: Sequence[_Copy]) -> None:
-        for pages in {copy.pages.data_ptr() for copy in batch}:
-            self._registered[pages].result()
+        for address in {copy.pages.data_ptr() for copy in batch}:
+            self._registered[address].result()
+        # vLLM calls between the encoder and the language model, whose kernels wait for this thread: the driver is
+        # called directly, because torch takes five operations for the same, of which two run on the device.
+        sources = [None if copy.source is None else copy.source.to(self._device, non_blocking=True) for copy in batch]
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            for _pages, data, header, stamp, source in batch:
-                if source is not None:
-                    source = source.to(self._device, non_blocking=True)
-                    source.record_stream(self._stream)
-                    _as(data, source).copy_(source, non_blocking=True)
-                # The stamp takes the same way as the data and so arrives after it. torch.full is a kernel launch;
-                # torch.tensor would wait for the device.
-                value = torch.full((1,), stamp, dtype=torch.int64, device=self._device)
-                header.copy_(value, non_blocking=True)
+        stream = ctypes.c_void_p(self._stream.cuda_stream)
+        for copy, source in zip(batch, sources, strict=True):
+            header = copy.pages.data_ptr() + copy.block.offset
+            if source is not None:
+                source.record_stream(self._stream)
+                data, nbytes = ctypes.c_void_p(header + HEADER_BYTES), ctypes.c_size_t(source.nbytes)
+                _cuda("cuMemcpyDtoHAsync_v2", data, ctypes.c_uint64(source.data_ptr()), nbytes, stream)
+            # In the stream's order and behind a barrier: it arrives after the data.
+            _cuda("cuStreamWriteValue64_v2", stream, ctypes.c_uint64(header), ctypes.c_uint64(copy.stamp), 0)
 
     def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
         self._registered[pages.data_ptr()].result()
@@ -543,19 +550,29 @@ def _register(pages: Tensor) -> None:
     # Without pages the driver finds them one by one, and holds a lock of its own meanwhile. Fails on old kernels, which
     # does not matter.
     ctypes.CDLL(None).madvise(address, nbytes, _MADV_POPULATE_WRITE)
-    if (error := _cuda("cuMemHostRegister_v2", address, nbytes, 0)) != 0:
-        raise TransportError(
-            f"the GPU's driver cannot register {pages.nbytes} bytes (CUDA error {error}): lower the cap"
-        )
+    try:
+        _cuda("cuMemHostRegister_v2", address, nbytes, _DEVICEMAP)
+    except TransportError as error:
+        raise TransportError(f"{pages.nbytes} bytes cannot be page-locked ({error}): lower the cap") from error
 
 
+_DEVICEMAP = 2  # the stream writes the stamps as the device does, and not by a copy
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
 
 
-def _cuda(function: str, *arguments: Any) -> int:
-    """Calls the driver without the interpreter's lock, which torch.cuda.cudart() holds."""
-    result: int = getattr(ctypes.CDLL("libcuda.so.1"), function)(*arguments)
-    return result
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _cuda(function: str, *arguments: Any) -> None:
+    """Calls the driver without the interpreter's lock, which torch.cuda.cudart() holds.
+
+    Raises:
+        TransportError: it refuses.
+    """
+    if (error := getattr(_driver(), function)(*arguments)) != 0:
+        raise TransportError(f"the GPU's driver answers {function} with error {error}")
 
 
 class Writer:
@@ -578,8 +595,7 @@ class Writer:
         Raises:
             BlockGone: the owner gave the segment back, or ended.
         """
-        start = block.offset + HEADER_BYTES
-        return self._pages(block.segment)[start : start + block.nbytes]
+        return _data(self._pages(block.segment), block)
 
     def write(self, block: Block, tensor: Tensor) -> None:
         """write_many() of one."""
@@ -594,7 +610,7 @@ class Writer:
         for block, tensor in copies:
             if tensor.nbytes != block.nbytes:
                 raise ValueError(f"a tensor of {tensor.nbytes} bytes does not fill a block of {block.nbytes}")
-            batch += self._stamped(block, block.generation, tensor.detach())
+            batch += self._stamped(block, block.generation, tensor.detach().contiguous())
         self._copier.copy(batch)
 
     def fetch(self, block: Block, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -627,13 +643,9 @@ class Writer:
         self._copier.close()
 
     def _stamped(self, block: Block, stamp: int, source: Tensor | None) -> list[_Copy]:
-        try:
-            data = self.view(block)
-        except BlockGone:
-            return []
-        pages = self._pages(block.segment)
-        header = pages[block.offset : block.offset + _WORD].view(torch.int64)
-        return [_Copy(pages, data, header, stamp, source)]
+        with suppress(BlockGone):
+            return [_Copy(self._pages(block.segment), block, stamp, source)]
+        return []
 
     def _pages(self, segment: SegmentId) -> Tensor:
         if (pages := self._segments.get(segment)) is None:
@@ -670,7 +682,7 @@ def read(handle: dict[str, Any], timeout: float = 60.0) -> Tensor:
         raise ValueError("the spans of one lease must have one width and dtype")
     deadline = time.monotonic() + timeout
     with _open_lease(address, handle) as is_alive:
-        rows = torch.empty((sum(span.num_rows for span in spans), width), dtype=getattr(torch, dtype))
+        rows = empty((sum(span.num_rows for span in spans), width), getattr(torch, dtype))
         into = _bytes_of(rows)
         for span in spans:
             with _opened(address, span.block.segment, os.O_RDONLY) as fd:
@@ -685,6 +697,23 @@ def read(handle: dict[str, Any], timeout: float = 60.0) -> Tensor:
     return rows
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A CPU tensor whose memory goes back to the system with it, if it is large.
+
+    malloc keeps what it took for tensors of some MiB once such a one was freed: gigabytes, after a batch.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _OWN_PAGES_BYTES:
+        return torch.empty(tuple(shape), dtype=dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without
+        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults: they take as long as the copy
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+
+
+_OWN_PAGES_BYTES = 1 << 20
+
+
 def pack(rows: Tensor) -> dict[str, Any]:
     """A contiguous CPU tensor for msgpack: {"shape": list, "dtype": torch's name, "data": its memory, not copied}."""
     return {"shape": list(rows.shape), "dtype": str(rows.dtype).removeprefix("torch."), "data": _bytes_of(rows)}
@@ -692,7 +721,7 @@ def pack(rows: Tensor) -> dict[str, Any]:
 
 def unpack(message: dict[str, Any]) -> Tensor:
     """The tensor of `pack`, as it is or decoded from msgpack, in memory of its own."""
-    rows = torch.empty(message["shape"], dtype=getattr(torch, message["dtype"]))
+    rows = empty(message["shape"], getattr(torch, message["dtype"]))
     _bytes_of(rows)[:] = message["data"]
     return rows
 
