@@ -93,6 +93,14 @@ def prompts_and_params(requests: Sequence[Request]) -> tuple[list[dict[str, Any]
     return [dict(request.prompt) for request in requests], [SamplingParams(**request.params) for request in requests]
 
 
+async def rendered(server: Server, prompts: Sequence[dict[str, Any]]) -> list[Any]:
+    """Tokenized and processed, for `stream` to send once."""
+    from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+    parsed = [parse_model_prompt(server.engine.model_config, prompt) for prompt in prompts]
+    return list(await server.engine.renderer.render_cmpl_async(parsed))
+
+
 def stream(server: Server, request: Request) -> AsyncIterator[Any]:
     """vLLM's RequestOutputs of one request, from AsyncLLM."""
     from vllm import SamplingParams

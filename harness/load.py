@@ -18,7 +18,7 @@ import numpy as np
 
 from harness import cases
 from harness.engine import Interface, Request
-from harness.engine_process import Server, final_outputs, prompts_and_params, stream
+from harness.engine_process import Server, final_outputs, prompts_and_params, rendered, stream
 from harness.matrix import ModelSpec
 from harness.media import Media, image, video
 
@@ -41,9 +41,9 @@ class Workload:
         processed: the same media too, forgotten by the prefix cache, the encoder cache and the store and not by the
             processor's cache.
 
-    What is `known` is so for the time of the engine alone, which `run` lets begin when it has all requests: else
-    processing takes most of the time, on the CPU, and requests that come in one by one are batched otherwise in each
-    round, and both hide what capture costs.
+    What is `known` is so for the time of the engine alone: `run` lets it begin when it has all requests, and `arrive`
+    sends what `prepare` rendered. Else hashing and tokenizing take most of the time, in the frontend, and requests that
+    come in one by one are batched otherwise in each round, and both hide what capture costs.
     """
 
     name: str
@@ -161,6 +161,7 @@ class Prepared:
     """The requests of a round, what they were made of, and the outputs that `run` was told to keep."""
 
     made_of: tuple[Workload, list[tuple[cases.Part, ...]]] | None = None
+    prompts: list[dict[str, Any]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
 
@@ -182,7 +183,11 @@ async def prepare(server: Server, spec: ModelSpec, workload: Workload, round_num
     round_, parts = prepared(server), list(workload.parts(round_number))
     if round_.made_of != (workload, parts):  # making the same images again takes a second
         round_.made_of = (workload, parts)
-        round_.requests = [Request(cases.prompt(spec, each), params) for each in parts]
+        round_.prompts = [cases.prompt(spec, each) for each in parts]
+    prompts = round_.prompts
+    if workload.known and server.spec.interface is Interface.ASYNC_LLM:
+        prompts = await rendered(server, prompts)
+    round_.requests = [Request(prompt, params) for prompt in prompts]
 
 
 async def run(server: Server, keep: bool = False) -> Sample:

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from harness import load
+from harness import load, matrix
 from harness.engine import EngineSpec, Interface, Request
 from harness.engine_process import Server
 from harness.load import WORKLOADS, Workload
@@ -128,6 +128,32 @@ def test_async_llm_begins_what_is_processed_when_it_has_all_requests(monkeypatch
     sample = run(monkeypatch, engine, Interface.ASYNC_LLM, load.PROCESSED)
     assert calls == ["sleep", "taken in", "taken in", "wake_up"]
     assert sample.seconds < 0.1, "the time of what comes before the engine counts"
+
+
+@pytest.mark.parametrize("interface", [Interface.LLM, Interface.ASYNC_LLM])
+@pytest.mark.parametrize("processed", [True, False])
+def test_async_llm_gets_what_is_processed_rendered_anew_each_round(
+    monkeypatch: pytest.MonkeyPatch, interface: Interface, processed: bool
+) -> None:
+    rounds = []
+
+    async def render(_server: Server, prompts: list[dict[str, Any]]) -> list[Any]:
+        rounds.append(prompts)
+        return [{"type": "multimodal", "round": len(rounds)} for _ in prompts]
+
+    monkeypatch.setattr(load, "rendered", render)
+    server = Server(EngineSpec("model", interface=interface), mock.MagicMock())
+    workload = dataclasses.replace(TINY, processed=processed)
+    for number in (1, 2):
+        asyncio.run(load.prepare(server, matrix.load_all()["qwen3_vl"], workload, number))
+        prompts = [request.prompt for request in load.prepared(server).requests]
+        if processed and interface is Interface.ASYNC_LLM:
+            # Once more, because the processor's cache at the engine must see what the one at the frontend sees.
+            assert prompts == [{"type": "multimodal", "round": number}] * 6
+            assert [len(prompt["multi_modal_data"]["image"]) for prompt in rounds[-1]] == [2] * 6
+        else:
+            assert not rounds
+            assert [len(prompt["multi_modal_data"]["image"]) for prompt in prompts] == [2] * 6
 
 
 def test_the_time_of_other_workloads_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -494,8 +494,9 @@ class _CudaCopier:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+        # By its number: in other threads another one may be the current one.
+        self._device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+        self._stream = torch.cuda.Stream(self._device)
         self._thread = ThreadPoolExecutor(1, "mm-embedding-pages", initializer=self._use_device)
         # Of its own: it waits for the device, and registering must not wait behind it.
         self._dropping = ThreadPoolExecutor(1, "mm-embedding-dropped", initializer=self._use_device)

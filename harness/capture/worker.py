@@ -62,7 +62,7 @@ class WorkerCapture:
 
     def _writer(self, owner: Address) -> Writer:
         if owner not in self._writers:
-            self._writers[owner] = Writer(owner, _device())
+            self._writers[owner] = Writer(owner, current_platform.device_type)
         return self._writers[owner]
 
     def close(self) -> None:
@@ -90,11 +90,6 @@ def _rows(item: Item, output: Tensor | None, whole: bool) -> Tensor | None:
         # which is what the language model adds there.
         output = torch.nn.functional.pad(output, (0, item.width - width))
     return output[:, : item.width].to(getattr(torch, item.dtype)).contiguous()
-
-
-def _device() -> torch.device:
-    kind = current_platform.device_type
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def _is_first_rank() -> bool:
