@@ -254,7 +254,9 @@ class SchedulerCapture:
         """
         copies = []
         for request_id, capture in self._undelivered.items():
-            num_tokens = scheduler_output.num_scheduled_tokens.get(request_id, 0)
+            num_tokens = scheduler_output.num_scheduled_tokens.get(request_id)
+            if num_tokens is None:  # it waits
+                continue
             start = capture.request.num_computed_tokens
             for item, feature in zip(capture.items, capture.features, strict=True):
                 if _num_embeds(feature, start, start + num_tokens):

@@ -497,6 +497,7 @@ class _CudaCopier:
         # By its number: in other threads another one may be the current one.
         self._device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream(self._device)
+        self._stream_writes = all(_attribute(number, self._device.index) for number in _STREAM_WRITES)
         self._thread = ThreadPoolExecutor(1, "mm-embedding-pages", initializer=self._use_device)
         # Of its own: it waits for the device, and registering must not wait behind it.
         self._dropping = ThreadPoolExecutor(1, "mm-embedding-dropped", initializer=self._use_device)
@@ -529,12 +530,18 @@ class _CudaCopier:
         stream = ctypes.c_void_p(self._stream.cuda_stream)
         for copy, source in zip(batch, sources, strict=True):
             header = copy.pages.data_ptr() + copy.block.offset
-            if source is not None:
+            if source is not None and source.nbytes:
                 source.record_stream(self._stream)
                 data, nbytes = ctypes.c_void_p(header + HEADER_BYTES), ctypes.c_size_t(source.nbytes)
                 _cuda("cuMemcpyDtoHAsync_v2", data, ctypes.c_uint64(source.data_ptr()), nbytes, stream)
-            # In the stream's order and behind a barrier: it arrives after the data.
-            _cuda("cuStreamWriteValue64_v2", stream, ctypes.c_uint64(header), ctypes.c_uint64(copy.stamp), 0)
+            # In the stream's order and behind a barrier, or the way of the data: it arrives after them.
+            if self._stream_writes:
+                _cuda("cuStreamWriteValue64_v2", stream, ctypes.c_uint64(header), ctypes.c_uint64(copy.stamp), 0)
+            else:
+                with torch.cuda.stream(self._stream):
+                    value = torch.full((1,), copy.stamp, dtype=torch.int64, device=self._device)
+                stamp = ctypes.c_uint64(value.data_ptr())
+                _cuda("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(header), stamp, ctypes.c_size_t(_WORD), stream)
 
     def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
         self._registered[pages.data_ptr()].result()
@@ -555,6 +562,16 @@ def _register(pages: Tensor) -> None:
         _cuda("cuMemHostRegister_v2", address, nbytes, _DEVICEMAP)
     except TransportError as error:
         raise TransportError(f"{pages.nbytes} bytes cannot be page-locked ({error}): lower the cap") from error
+
+
+_STREAM_WRITES = (91, 122)
+"""CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM and _CAN_USE_64_BIT_STREAM_MEM_OPS."""
+
+
+def _attribute(number: int, device: int) -> int:
+    value = ctypes.c_int()
+    _cuda("cuDeviceGetAttribute", ctypes.byref(value), number, device)
+    return value.value
 
 
 _DEVICEMAP = 2  # the stream writes the stamps as the device does, and not by a copy
@@ -701,15 +718,16 @@ def read(handle: dict[str, Any], timeout: float = 60.0) -> Tensor:
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A CPU tensor whose memory goes back to the system with it, if it is large.
 
-    malloc keeps what it took for tensors of some MiB once such a one was freed: gigabytes, after a batch.
+    malloc keeps what it took for tensors of some MiB once such a one was freed: gigabytes, after a batch. As with every
+    tensor over a buffer, `resize_` cannot make it larger.
     """
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < _OWN_PAGES_BYTES:
-        return torch.empty(tuple(shape), dtype=dtype)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without
-        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults: they take as long as the copy
-    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+    with suppress(OSError):  # too many mappings, or a kernel without huge pages
+        if nbytes >= _OWN_PAGES_BYTES:
+            pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults: they take as long as the copy
+            return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+    return torch.empty(tuple(shape), dtype=dtype)
 
 
 _OWN_PAGES_BYTES = 1 << 20
