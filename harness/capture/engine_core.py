@@ -35,16 +35,18 @@ def _activate(original: Callable[..., Any]) -> Callable[..., Any]:
 def _one_reply(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def init_ec_output_aggregator(self: Executor) -> None:
-        config = self.vllm_config.ec_transfer_config
-        if config is None or config.ec_connector != CONNECTOR:
+        if not _captures(self.vllm_config):
             original(self)
 
     return init_ec_output_aggregator
 
 
+def _captures(config: VllmConfig) -> bool:
+    return config.ec_transfer_config is not None and config.ec_transfer_config.ec_connector == CONNECTOR
+
+
 def _capture_of(scheduler: Scheduler) -> SchedulerCapture | None:
-    config = scheduler.vllm_config.ec_transfer_config
-    if config is None or config.ec_connector != CONNECTOR:
+    if not _captures(scheduler.vllm_config):
         return None
     capture: SchedulerCapture = scheduler.ec_connector.capture
     return capture

@@ -73,7 +73,6 @@ class _Capture:
     items: list[Item]  # in prompt order
     features: list[MultiModalFeatureSpec]  # likewise
     levels: bool = False
-    delivered: bool = False
     reader: str | None = None  # where it is, see settings.READER
 
 
@@ -132,7 +131,7 @@ class SchedulerCapture:
     reused: int = 0
     """Items that were loaded into the encoder cache instead of encoded again."""
     _captures: dict[str, _Capture] = field(default_factory=dict)
-    _undelivered: dict[str, _Capture] = field(default_factory=dict)  # those of them that have had no output
+    _undelivered: dict[str, _Capture] = field(default_factory=dict)  # those of them that have items and had no output
     _failures: dict[str, str] = field(default_factory=dict)
     _ended: list[str] | None = None
     _asked: dict[str, Item] = field(default_factory=dict)  # items of the request that is being scheduled
@@ -190,7 +189,7 @@ class SchedulerCapture:
                 return False
         if self.settings.reuse:
             self._asked = self._loadable(capture)
-        if capture.delivered:
+        if request.request_id not in self._undelivered:
             return True
         pending = self.store.pending(request.request_id)
         if not pending:
@@ -213,7 +212,7 @@ class SchedulerCapture:
         options = RequestOptions.of(request.sampling_params.extra_args if request.sampling_params else None)
         features = encoded_features(request.mm_features) if options.capture else []
         if not features:
-            capture = _Capture(request, [], [], delivered=True)
+            capture = _Capture(request, [], [])
         else:
             packed = options.levels or self.settings.reuse
             width = self.hidden_size * (1 + self.num_levels if packed else 1)
@@ -340,7 +339,6 @@ class SchedulerCapture:
             capture = self._undelivered.pop(output.request_id, None)
             if capture is None:
                 return
-            capture.delivered = True
             if self.store.pending(output.request_id):
                 # Not reached as far as known. Loud all the same: never a silent None.
                 failure = f"Request {output.request_id} has no mm_embedding: an item was not captured."

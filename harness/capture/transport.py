@@ -134,15 +134,10 @@ def _write_word(fd: int, offset: int, value: int) -> None:
 def _process_start(pid: int) -> int | None:
     """When the process started, in clock ticks since boot; None if it has ended (a zombie has)."""
     try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:  # noqa: PTH123 - as in _opened
+            stat = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    try:
-        stat = os.read(fd, 4096)
-    except ProcessLookupError:
-        return None
-    finally:
-        os.close(fd)
     fields = stat.rpartition(b")")[2].split()  # the name before it may hold anything
     return None if fields[0] in b"ZXx" else int(fields[19])
 

@@ -89,7 +89,7 @@ def _rows(item: Item, output: Tensor | None, whole: bool) -> Tensor | None:
         # Levels are asked for and this item has none (audio beside images, an image given as its embeddings): zeros,
         # which is what the language model adds there.
         output = torch.nn.functional.pad(output, (0, item.width - width))
-    return output[:, : item.width].to(getattr(torch, item.dtype)).contiguous()
+    return output[:, : item.width].to(getattr(torch, item.dtype))
 
 
 def _is_first_rank() -> bool:
