@@ -25,4 +25,5 @@ def test_workers_reply_once_for_our_connector_alone(config: ECTransferConfig | N
     [patch] = [patch for patch in PATCHES if patch.name == "Executor.init_ec_output_aggregator"]
     executor = SimpleNamespace(vllm_config=SimpleNamespace(ec_transfer_config=config), ec_output_aggregator=None)
     patch.wrap(inspect.unwrap(Executor.init_ec_output_aggregator))(executor)
-    assert (executor.ec_output_aggregator is not None) == aggregates
+    found = executor.ec_output_aggregator is not None
+    assert found == aggregates, f"{'every worker replies' if found else 'no reports are joined'} with {config}"

@@ -269,7 +269,8 @@ def test_a_stamp_follows_all_of_its_data(device: str, monkeypatch: pytest.Monkey
             truth = [rows + 4 * number + index for index in range(4)]
             writer.write_many([(block, each.to(device)) for block, each in zip(blocks, truth, strict=True)])
             for index in (3, 0, 1, 2):
-                assert torch.equal(read(lease_of(arena, blocks[index])[1]), truth[index])
+                rows_read = read(lease_of(arena, blocks[index])[1])
+                assert torch.equal(rows_read, truth[index]), "the stamp was there before its data"
             arena.reap()
             for block in blocks:
                 arena.free(block)  # so that the next ones lie where other data and stamps were
@@ -290,7 +291,7 @@ def test_memory_of_large_rows_goes_back_to_the_system() -> None:
     assert all(map(is_mapped, addresses))
     kept.clear()
     gc.collect()
-    assert not any(map(is_mapped, addresses))
+    assert not any(map(is_mapped, addresses)), "memory of tensors that are gone is kept"
 
 
 @pytest.mark.parametrize("device", DEVICES)
