@@ -138,26 +138,48 @@ def test_chunked_prefill_with_several_images(subject: Subject, record_property: 
     assert_same(completion, *(rows(subject, engine, item) for item in media))
 
 
+def evict(subject: Subject, engine: Engine) -> None:
+    """Sends other items until the encoder cache, which vLLM makes as large as a model's largest item, has had to let go
+    of all that was in it.
+    """
+    filler = image(400, 224, 224)
+    number = engine.call(encoder_cache_size) // len(rows(subject, engine, filler)) + 1
+    others = [image(filler.seed + index, filler.width, filler.height) for index in range(1, number)]
+    engine.generate(*(subject.request(item, "fill", max_tokens=1) for item in others))
+
+
+def encoder_cache_size(server: Server) -> int:
+    """Rows."""
+    size: int = server.core.scheduler.encoder_cache_manager.cache_size
+    return size
+
+
 @pytest.mark.once
 def test_eviction_from_the_encoder_cache_and_encoding_again(subject: Subject) -> None:
-    media = [image(seed, 224, 224) for seed in range(41, 46)]
-    engine = chunking(subject, media)
-    first = [rows(subject, engine, item) for item in media]
-    [[again]], trace = run(engine, subject.request("again", media[0]))
+    # With neither the prefix cache nor the processor's, vLLM would give the item another name in each request, and
+    # encode it in any case.
+    engine = subject.engine(max_num_batched_tokens=CHUNK, mm_embedding_cache_gb=0.0)
+    item = image(41, 224, 224)
+    first = rows(subject, engine, item)
+    _, trace = run(engine, subject.request("still there", item))
+    assert sum(trace.encoded) == 0, "the item has another name in each request: the condition cannot happen"
+    evict(subject, engine)
+    [[again]], trace = run(engine, subject.request("again", item))
     assert sum(trace.encoded) == 1, "the item was still in the encoder cache: the condition did not happen"
-    assert_same(again, first[0])
+    assert_same(again, first)
 
 
 @pytest.mark.once
 def test_an_evicted_item_is_loaded_instead_of_encoded_where_that_is_asked_for(subject: Subject) -> None:
     params = {"max_tokens": 6, "logprobs": 0, "ignore_eos": True}
-    media = [image(seed, 224, 224) for seed in range(301, 306)]
+    media = [image(seed, 224, 224) for seed in (301, 302)]
     # With neither the prefix cache nor the processor's, vLLM gives an item another name in each request. The prompts
     # are shorter than a block, so that the prefix cache has none of them.
     encoding = chunking(subject, media)
     loading = subject.engine(max_num_batched_tokens=CHUNK, enable_mm_embedding_reuse=True)
     for item in media:
         rows(subject, loading, item)
+    evict(subject, loading)
     levels = {"return_mm_embedding_levels": True}
     request = subject.request("again", media[0], "and", media[1], extra_args=levels, **params)
     [[truth]], trace = run(encoding, request)
