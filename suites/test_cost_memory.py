@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from harness import load
+from harness.capture.transport import SEGMENT_BYTES
 from harness.engine import Arm, Engine, Interface
 from harness.engine_process import Server
 from harness.memory import cpu_bytes, gpu_bytes, watched
@@ -46,7 +47,7 @@ def settled(engine: Engine) -> int:
     """Memory when nothing runs and nothing is kept: the store gives back all but a segment after half a minute."""
     engine.call(forget)
     deadline = time.monotonic() + 60
-    while engine.call(mapped) > SLACK and time.monotonic() < deadline:
+    while engine.call(mapped) > SEGMENT_BYTES and time.monotonic() < deadline:
         time.sleep(0.5)
     time.sleep(1.0)
     return cpu_bytes(engine.pid)

@@ -54,7 +54,7 @@ class Engine:
         """Dispatches and copies what is pending; how many items."""
         copies = self.dispatch(request_id)
         self.writer.write_many([(block, rows_of(copied)) for copied, block in copies])
-        self.writer.drop(self.store.take_given_back())
+        self.writer.drop_gone()
         return len(copies)
 
     def run(self, request_id: str, *items: Item) -> torch.Tensor:

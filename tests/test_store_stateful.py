@@ -272,7 +272,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def drop(self) -> None:
-        self.writer.drop(self.store.take_given_back())
+        self.writer.drop_gone()
 
     # --- the frontend
 

@@ -110,8 +110,6 @@ def test_a_block_larger_than_a_segment_gets_its_own(arena: Arena) -> None:
     arena.free(block)
     arena.trim()
     assert arena.mapped_bytes == PAGE, "a segment of unusual size is not kept as a spare"
-    assert arena.take_given_back() == [block.segment]
-    assert arena.take_given_back() == []
 
 
 def test_freed_neighbours_become_one_room_in_any_order(arena: Arena) -> None:
@@ -131,10 +129,10 @@ def test_one_spare_segment_is_kept(arena: Arena) -> None:
         arena.free(block)
     assert not arena.trim()
     assert arena.mapped_bytes == PAGE
-    assert arena.take_given_back() == [block.segment for block in blocks[1:]]
+    assert allocate(arena, 0).segment == blocks[0].segment
 
 
-def test_empty_segments_are_kept_for_a_while_and_used_again() -> None:
+def test_empty_segments_are_kept_while_there_are_allocations() -> None:
     arena = Arena(16 * PAGE, segment_bytes=PAGE, retain_seconds=0.1)
     blocks = [allocate(arena, PAGE - HEADER_BYTES) for _ in range(4)]
     made = arena.take_made()
@@ -145,10 +143,15 @@ def test_empty_segments_are_kept_for_a_while_and_used_again() -> None:
     assert arena.mapped_bytes == 4 * PAGE
     again = [allocate(arena, PAGE - HEADER_BYTES) for _ in range(4)]
     assert [block.segment for block in again] == made
-    assert arena.take_made() == arena.take_given_back() == []
+    assert arena.take_made() == []
     for block in again:
         arena.free(block)
-    time.sleep(0.12)
+    time.sleep(0.06)
+    arena.free(allocate(arena, 1))
+    time.sleep(0.06)
+    assert arena.trim(), "all but one are empty for longer than that, but the load goes on"
+    assert arena.mapped_bytes == 4 * PAGE
+    time.sleep(0.06)
     assert not arena.trim()
     assert arena.mapped_bytes == PAGE
     arena.close()
@@ -607,7 +610,7 @@ def test_memory_is_given_back_although_the_writer_maps_it(arena: Arena, writer: 
     arena.trim()
     assert pages_of(ours) == 0
     writer.write(block, torch.ones(8 * PAGE, dtype=torch.uint8))  # a late copy: no signal
-    writer.drop(arena.take_given_back())
+    writer.drop_gone()
     os.close(ours)
 
 
@@ -615,10 +618,9 @@ def mappings() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:vllm-mm-embedding")
 
 
-def test_the_writer_unmaps_what_it_drops_and_the_reader_maps_nothing(arena: Arena) -> None:
+def test_the_writer_unmaps_what_it_drops_and_the_reader_maps_nothing(arena: Arena, writer: Writer) -> None:
     gc.collect()
     before = mappings()
-    writer = Writer(arena.address)
     block = allocate(arena, 8 * PAGE)
     writer.write(block, torch.ones(1, 8 * PAGE, dtype=torch.uint8))
     assert mappings() == before + 1
@@ -627,9 +629,29 @@ def test_the_writer_unmaps_what_it_drops_and_the_reader_maps_nothing(arena: Aren
     assert mappings() == before + 1
     arena.free(block)
     arena.trim()
-    writer.drop(arena.take_given_back())
+    writer.drop_gone()
     assert mappings() == before
     assert kept.sum() == 8 * PAGE
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_writer_of_an_idle_engine_unmaps_too(arena: Arena, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_LOOK_SECONDS", 0.01)
+    writer = Writer(arena.address, device)
+    gc.collect()
+    before = mappings()
+    kept, gone = allocate(arena, PAGE - HEADER_BYTES), allocate(arena, 8 * PAGE)
+    writer.write(kept, torch.ones(PAGE - HEADER_BYTES, dtype=torch.uint8, device=device))
+    writer.write(gone, torch.ones(8 * PAGE, dtype=torch.uint8, device=device))
+    time.sleep(0.1)
+    assert mappings() == before + 2, "what the owner has is not the writer's to drop"
+    arena.free(gone)
+    arena.trim()
+    deadline = time.monotonic() + 10
+    while mappings() > before + 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert mappings() == before + 1
+    writer.close()
 
 
 def test_nothing_stays_open(arena: Arena) -> None:
@@ -657,7 +679,9 @@ def test_no_file_appears(arena: Arena, writer: Writer) -> None:
     assert sorted(Path("/dev/shm").iterdir()) == before
 
 
-def test_a_late_copy_does_not_reach_a_file_with_the_segments_old_number(arena: Arena, tmp_path: Path) -> None:
+def test_a_late_copy_does_not_reach_a_file_with_the_segments_old_number(
+    arena: Arena, writer: Writer, tmp_path: Path
+) -> None:
     block = allocate(arena, 8 * PAGE)
     arena.free(block)
     arena.trim()
@@ -665,23 +689,23 @@ def test_a_late_copy_does_not_reach_a_file_with_the_segments_old_number(arena: A
     file.write_bytes(bytes(10 * PAGE))
     with file.open("r+b") as opened:
         assert opened.fileno() == block.segment.fd, "the lowest free number"
-        Writer(arena.address).write(block, torch.ones(8 * PAGE, dtype=torch.uint8))
+        writer.write(block, torch.ones(8 * PAGE, dtype=torch.uint8))
     assert file.read_bytes() == bytes(10 * PAGE)
 
 
-def test_a_late_copy_does_not_reach_the_next_segment_of_that_number(arena: Arena) -> None:
+def test_a_late_copy_does_not_reach_the_next_segment_of_that_number(arena: Arena, writer: Writer) -> None:
     old = allocate(arena, 8 * PAGE)
     arena.free(old)
     arena.trim()
     new = allocate(arena, 8 * PAGE)
     assert new.segment.fd == old.segment.fd
-    writer = Writer(arena.address)
     writer.write(old, torch.ones(8 * PAGE, dtype=torch.uint8))
     assert not writer.view(new).any()
 
 
-def test_a_writer_that_maps_a_segment_does_not_confuse_it_with_the_next_of_its_number(arena: Arena) -> None:
-    writer = Writer(arena.address)
+def test_a_writer_that_maps_a_segment_does_not_confuse_it_with_the_next_of_its_number(
+    arena: Arena, writer: Writer
+) -> None:
     old = allocate(arena, 8 * PAGE)
     writer.write(old, torch.ones(8 * PAGE, dtype=torch.uint8))
     arena.free(old)

@@ -45,7 +45,6 @@ class StepPlan(ECConnectorMetadata):
         loads: kept items to put into the encoder cache, and where they are.
         whole: the copies are to be loaded again, so that they must be all of the encoder's output.
         prepare: segments that the owner made.
-        drop: segments that the owner gave back.
     """
 
     owner: Address
@@ -53,7 +52,6 @@ class StepPlan(ECConnectorMetadata):
     loads: list[tuple[Item, Block]]
     whole: bool
     prepare: list[SegmentId]
-    drop: list[SegmentId]
 
 
 def num_levels(model_config: ModelConfig) -> int:
@@ -268,12 +266,9 @@ class SchedulerCapture:
         for loan in self._promised.values():  # there was no room for the request after all
             self.store.end_loan(loan)
         self._promised.clear()
-        made: list[SegmentId] = []
-        given_back: list[SegmentId] = []
         # In a step without tokens vLLM's V1 runner does not show the plan to its worker.
-        if scheduler_output.total_num_scheduled_tokens:
-            made, given_back = self.store.take_made(), self.store.take_given_back()
-        return StepPlan(self._arena.address, copies, loads, self.settings.reuse, made, given_back)
+        made = self.store.take_made() if scheduler_output.total_num_scheduled_tokens else []
+        return StepPlan(self._arena.address, copies, loads, self.settings.reuse, made)
 
     def _loadable(self, capture: _Capture) -> dict[str, Item]:
         # Beside deepstack levels, what has none (audio) is kept with zeros in their place, and is not what was encoded.

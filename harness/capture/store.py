@@ -248,11 +248,6 @@ class EmbeddingStore:
         with self._lock:
             return self._arena.take_made()
 
-    def take_given_back(self) -> list[SegmentId]:
-        """The segments that the arena gave back since the last call: send them to Writer.drop with the next step."""
-        with self._lock:
-            return self._arena.take_given_back()
-
     def stats(self) -> Stats:
         """A snapshot."""
         with self._lock:

@@ -22,6 +22,7 @@ import math
 import mmap
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,9 @@ from torch import Tensor
 
 HEADER_BYTES = 64
 """Bytes before a block's data; the first eight are the stamp. Also the alignment of the data."""
+
+SEGMENT_BYTES = 32 << 20
+"""Of shared memory, which grows and shrinks by as much; the last segment stays."""
 
 _WORD = 8
 _SLOT_BYTES = 2 * _WORD  # of the ledger: the word that the owner writes, the word that the reader writes
@@ -152,7 +156,6 @@ class _Segment:
         self.id = _memfd("vllm-mm-embedding", nbytes)
         self.nbytes = nbytes
         self.free = [(0, nbytes)]
-        self.empty_since = 0.0  # time.monotonic, while it is empty
 
     @property
     def is_empty(self) -> bool:
@@ -189,14 +192,15 @@ class Arena:
         capacity_bytes: cap of the blocks' footprints together.
         segment_bytes: size of a segment; a larger block gets a segment of its own.
         lease_seconds: a lease that is not done by then has expired (its reader died).
-        retain_seconds: how long a segment without blocks is kept. The writer's device needs about 1 ms a MiB to get
-            used to a new one, so that a load that comes and goes must not make and drop them all the time.
+        retain_seconds: how long after the last block was allocated the segments without blocks are kept. The writer's
+            device needs about 1 ms a MiB to get used to a new one, and may finish all its work before it lets one go:
+            segments go when a load has ended, and not within one.
     """
 
     def __init__(
         self,
         capacity_bytes: int,
-        segment_bytes: int = 32 << 20,
+        segment_bytes: int = SEGMENT_BYTES,
         lease_seconds: float = 120.0,
         retain_seconds: float = 30.0,
     ) -> None:
@@ -209,7 +213,7 @@ class Arena:
         self._segments: dict[SegmentId, _Segment] = {}  # oldest first: filled first, so that the newest drain
         self._blocks: dict[int, Block] = {}
         self._made: list[SegmentId] = []
-        self._given_back: list[SegmentId] = []
+        self._last_allocation = 0.0  # time.monotonic
         self._next_generation = 1 + secrets.randbits(61)
         self._leases: dict[int, Lease] = {}
         self._free_slots: list[int] = []
@@ -250,6 +254,7 @@ class Arena:
             assert offset is not None
         block = Block(segment.id, offset, nbytes, self._generation())
         self._blocks[block.generation] = block
+        self._last_allocation = time.monotonic()
         self.held_bytes += needed
         return block
 
@@ -266,20 +271,22 @@ class Arena:
         needed = footprint(block.nbytes)
         segment.give(block.offset, block.offset + needed)
         self.held_bytes -= needed
-        if segment.is_empty:
-            segment.empty_since = time.monotonic()
-            if self.mapped_bytes > self.capacity_bytes:
-                self._give_back(segment)
+        if segment.is_empty and self.mapped_bytes > self.capacity_bytes:
+            self._give_back(segment)
 
     def trim(self) -> bool:
-        """Gives back what was empty for `retain_seconds`, up to one segment; whether there is more to come."""
+        """Gives back what is empty `retain_seconds` after the last allocation, up to one segment.
+
+        Returns:
+            Whether there is more to come.
+        """
         empty = sorted(self._empty(), key=lambda segment: segment.nbytes)
         others = empty if empty and empty[0].nbytes > self._segment_bytes else empty[1:]
-        due = time.monotonic() - self._retain_seconds
+        if time.monotonic() < self._last_allocation + self._retain_seconds:
+            return bool(others)
         for segment in others:
-            if segment.empty_since <= due:
-                self._give_back(segment)
-        return any(segment.empty_since > due for segment in others)
+            self._give_back(segment)
+        return False
 
     def failed(self, block: Block) -> bool:
         """Whether the writer stamped that it has no data for this block."""
@@ -293,11 +300,6 @@ class Arena:
         """The segments made since the last call and still there, for Writer.prepare."""
         made, self._made = [segment for segment in self._made if segment in self._segments], []
         return made
-
-    def take_given_back(self) -> list[SegmentId]:
-        """The segments given back since the last call, for Writer.drop."""
-        given_back, self._given_back = self._given_back, []
-        return given_back
 
     def lease(self) -> Lease:
         """Grants a lease; the caller keeps the blocks that it covers until reap() returns it."""
@@ -365,7 +367,6 @@ class Arena:
     def _give_back(self, segment: _Segment) -> None:
         del self._segments[segment.id]
         self.mapped_bytes -= segment.nbytes
-        self._given_back.append(segment.id)
         segment.close()
 
 
@@ -394,12 +395,10 @@ def _opened(address: Address, segment: SegmentId, flags: int) -> Iterator[int]:
         BlockGone: the owner ended, or its descriptor is another file now.
         TransportError: this process may not open it.
     """
-    path = f"/proc/{address.pid}/fd/{segment.fd}"
-    expected = (address.device, segment.inode)
+    path = _path(address, segment)
     try:
-        stat = os.stat(path)  # noqa: PTH116 - runs beside the event loop, of which pathlib takes three times as much
-        if (stat.st_dev, stat.st_ino) != expected:  # before the open, which can have effects on a foreign file
-            raise FileNotFoundError
+        if not _is(os.stat(path), address, segment):  # noqa: PTH116 - runs beside the event loop: pathlib takes thrice
+            raise FileNotFoundError  # before the open, which can have effects on a foreign file
         fd = os.open(path, flags | os.O_CLOEXEC)
     except PermissionError as error:
         if not _lives(address):
@@ -410,12 +409,19 @@ def _opened(address: Address, segment: SegmentId, flags: int) -> Iterator[int]:
     except OSError as error:
         raise _owner_gone(address) from error
     try:
-        stat = os.fstat(fd)
-        if (stat.st_dev, stat.st_ino) != expected or not _lives(address):
+        if not _is(os.fstat(fd), address, segment) or not _lives(address):
             raise _owner_gone(address)
         yield fd
     finally:
         os.close(fd)
+
+
+def _path(address: Address, segment: SegmentId) -> str:
+    return f"/proc/{address.pid}/fd/{segment.fd}"
+
+
+def _is(stat: os.stat_result, address: Address, segment: SegmentId) -> bool:
+    return (stat.st_dev, stat.st_ino) == (address.device, segment.inode)
 
 
 def _lives(address: Address) -> bool:
@@ -588,8 +594,14 @@ def _cuda(function: str, *arguments: Any) -> None:
         raise TransportError(f"the GPU's driver answers {function} with error {error}")
 
 
+_LOOK_SECONDS = 1.0
+
+
 class Writer:
-    """Worker side: copies tensors into blocks. Maps a segment at its first use and keeps it until drop().
+    """Worker side: copies tensors into blocks. Thread-safe.
+
+    Maps a segment at its first use. A small thread looks which the owner has given back and unmaps those: while a
+    device has them registered, their memory is not free, and the owner of an idle engine has no step to say so with.
 
     Args:
         address: the owner's.
@@ -601,6 +613,9 @@ class Writer:
         self._address = address
         self._copier: _Copier = _CudaCopier(device) if device.type == "cuda" else _HostCopier()
         self._segments: dict[SegmentId, Tensor] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._looker: threading.Thread | None = None
 
     def view(self, block: Block) -> Tensor:
         """The block's data: uint8, (nbytes,), shared with the other processes.
@@ -608,7 +623,8 @@ class Writer:
         Raises:
             BlockGone: the owner gave the segment back, or ended.
         """
-        return _data(self._pages(block.segment), block)
+        with self._lock:
+            return _data(self._pages(block.segment), block)
 
     def write(self, block: Block, tensor: Tensor) -> None:
         """write_many() of one."""
@@ -619,12 +635,13 @@ class Writer:
 
         A block whose segment was given back is left out: its request was aborted, nobody waits for it.
         """
-        batch = []
-        for block, tensor in copies:
-            if tensor.nbytes != block.nbytes:
-                raise ValueError(f"a tensor of {tensor.nbytes} bytes does not fill a block of {block.nbytes}")
-            batch += self._stamped(block, block.generation, tensor.detach().contiguous())
-        self._copier.copy(batch)
+        with self._lock:
+            batch = []
+            for block, tensor in copies:
+                if tensor.nbytes != block.nbytes:
+                    raise ValueError(f"a tensor of {tensor.nbytes} bytes does not fill a block of {block.nbytes}")
+                batch += self._stamped(block, block.generation, tensor.detach().contiguous())
+            self._copier.copy(batch)
 
     def fetch(self, block: Block, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """A stamped block's data on the writer's device, on CUDA by a copy on the current stream.
@@ -632,28 +649,52 @@ class Writer:
         Raises:
             BlockGone: the owner gave the segment back, or ended.
         """
-        return self._copier.fetch(self._pages(block.segment), self.view(block).view(dtype).view(shape))
+        with self._lock:
+            pages = self._pages(block.segment)
+            return self._copier.fetch(pages, _data(pages, block).view(dtype).view(shape))
 
     def fail(self, block: Block) -> None:
         """Stamps that there is no data for the block: its reader gets CaptureFailed."""
-        self._copier.copy(self._stamped(block, block.generation | _FAILED, None))
+        with self._lock:
+            self._copier.copy(self._stamped(block, block.generation | _FAILED, None))
 
     def prepare(self, segments: Iterable[SegmentId]) -> None:
         """Maps segments before their first use, which on CUDA goes on in a thread."""
-        for segment in segments:
-            with suppress(BlockGone):
-                self._pages(segment)
+        with self._lock:
+            for segment in segments:
+                with suppress(BlockGone):
+                    self._pages(segment)
 
-    def drop(self, segments: Iterable[SegmentId]) -> None:
-        """Unmaps segments that the owner gave back, after the copies that are under way."""
-        for segment in segments:
-            if (pages := self._segments.pop(segment, None)) is not None:
-                self._copier.detach(pages)
+    def drop_gone(self) -> None:
+        """Unmaps the segments that the owner gave back, after the copies that are under way; the thread does it too."""
+        with self._lock:
+            mapped = list(self._segments)
+        self._drop(segment for segment in mapped if not self._is_there(segment))
 
     def close(self) -> None:
         """Unmaps everything."""
-        self.drop(list(self._segments))
+        self._closed.set()
+        if self._looker is not None:
+            self._looker.join()
+        self._drop(list(self._segments))
         self._copier.close()
+
+    def _keep_looking(self) -> None:
+        while not self._closed.wait(_LOOK_SECONDS):
+            self.drop_gone()
+
+    def _is_there(self, segment: SegmentId) -> bool:
+        with suppress(OSError):
+            return _is(os.stat(_path(self._address, segment)), self._address, segment)  # noqa: PTH116 - as in _opened
+        return False
+
+    def _drop(self, segments: Iterable[SegmentId]) -> None:
+        for segment in segments:
+            with self._lock:
+                if (pages := self._segments.pop(segment, None)) is not None:
+                    self._copier.detach(pages)
+
+    # Below: with the lock held.
 
     def _stamped(self, block: Block, stamp: int, source: Tensor | None) -> list[_Copy]:
         with suppress(BlockGone):
@@ -667,6 +708,9 @@ class Writer:
                 pages = torch.frombuffer(mmap.mmap(fd, os.fstat(fd).st_size), dtype=torch.uint8)
             self._copier.attach(pages)
             self._segments[segment] = pages
+            if self._looker is None:
+                self._looker = threading.Thread(target=self._keep_looking, name="mm-embedding-looker", daemon=True)
+                self._looker.start()
         return pages
 
 

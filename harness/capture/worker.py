@@ -34,20 +34,17 @@ class WorkerCapture:
         An item that is not there, or has another shape than planned, is stamped as failed: its requests end with an
         error. Raising would hide the encoder's own error, which is the likely reason.
         """
-        if not (plan.copies or plan.drop):
+        if not plan.copies or not _is_first_rank():
             return
-        if _is_first_rank():
-            writer = self._writer(plan.owner)
-            copies: list[tuple[Block, Tensor]] = []
-            for item, block in plan.copies:
-                rows = _rows(item, encoder_cache.get(item.identifier), plan.whole)
-                if rows is None:
-                    writer.fail(block)
-                else:
-                    copies.append((block, rows))
-            writer.write_many(copies)
-        if plan.owner in self._writers:
-            self._writers[plan.owner].drop(plan.drop)
+        writer = self._writer(plan.owner)
+        copies: list[tuple[Block, Tensor]] = []
+        for item, block in plan.copies:
+            rows = _rows(item, encoder_cache.get(item.identifier), plan.whole)
+            if rows is None:
+                writer.fail(block)
+            else:
+                copies.append((block, rows))
+        writer.write_many(copies)
 
     def load(self, plan: StepPlan, encoder_cache: dict[str, Tensor]) -> None:
         """Puts kept items into the encoder cache, on every rank. Must run before the encoder's output is used.
