@@ -82,6 +82,9 @@ class FakeBenchmark:
 
     group = ""
 
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+
     def pedantic(
         self, target: Callable[[], None], setup: Callable[[], None], teardown: Callable[[], None], rounds: int
     ) -> None:
@@ -131,6 +134,7 @@ def test_what_ran_before_an_interrupt_counts() -> None:
     rounds.run = interrupted
     assert ran_rounds(rounds, session=session) == 3
     assert str(session.shouldstop).startswith("the benchmark's rounds")
+    assert [len(moments) for moments in rounds.began.values()] == [3, 3]
 
 
 def test_an_interrupt_before_the_first_round_is_one() -> None:

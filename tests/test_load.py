@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import statistics
 import time
 from typing import Any
 from unittest import mock
@@ -32,6 +33,13 @@ def test_again_asks_the_same_in_every_round() -> None:
     again = dataclasses.replace(TINY, again=True)
     assert list(again.parts(0)) == list(again.parts(7))
     assert len(set(media(again, 0))) == 12
+
+
+def test_a_round_asks_the_same_several_times() -> None:
+    prompts = list(dataclasses.replace(TINY, times=3).parts(0))
+    assert len(prompts) == TINY.requests
+    assert len({*prompts[:2]}) == 2
+    assert prompts[:2] == prompts[2:4] == prompts[4:]
 
 
 def test_several_texts_ask_about_the_same_media() -> None:
@@ -73,7 +81,15 @@ def test_a_video_has_frames() -> None:
 def test_small_is_the_same_shape_of_work(workload: Workload) -> None:
     small = workload.small()
     assert (small.name, small.again, small.text_only) == (workload.name, workload.again, workload.text_only)
-    for name, most in {"requests": 8, "items": 2, "side": 256, "frames": 4, "tokens": 4, "texts": 4}.items():
+    for name, most in {
+        "requests": 8,
+        "items": 2,
+        "side": 256,
+        "frames": 4,
+        "tokens": 4,
+        "texts": 4,
+        "times": 2,
+    }.items():
         few, many = getattr(small, name), getattr(workload, name)
         assert few <= min(most, many)
         assert (few > 1) == (many > 1), f"{name} is another kind of work"
@@ -165,3 +181,15 @@ def test_the_time_of_other_workloads_is_that_of_all(monkeypatch: pytest.MonkeyPa
     engine = mock.MagicMock()
     assert run(monkeypatch, engine, Interface.LLM, load.DISTINCT).seconds >= 0.2
     assert not engine.mock_calls
+
+
+def test_arrivals_are_a_poisson_process_of_the_same_load_in_every_round() -> None:
+    rounds = [load.arrivals(64, 25.0, seed) for seed in range(200)]
+    assert rounds[0] == load.arrivals(64, 25.0, 0) == sorted(rounds[0])
+    assert rounds[0] != rounds[1]
+    assert all(times[0] >= 0 and times[-1] <= 64 / 25 for times in rounds)
+    counts = [sum(0.5 <= time < 1.0 for time in times) for times in rounds]
+    expected = 64 * 0.5 / (64 / 25)
+    assert statistics.mean(counts) == pytest.approx(expected, rel=0.05)
+    # Of a binomial distribution, which Poisson's is given the sum. Evenly spaced arrivals have none.
+    assert statistics.variance(counts) == pytest.approx(expected * (1 - expected / 64), rel=0.25)

@@ -105,6 +105,7 @@ class Cost:
         """
         number = self._warm_up(rounds)
         benchmark.group = group
+        benchmark.extra_info["began"] = rounds.began
         try:
             benchmark.pedantic(rounds.timed, setup=rounds.before, teardown=rounds.after, rounds=number)
         except KeyboardInterrupt:
@@ -158,12 +159,14 @@ class Rounds(Generic[T]):
         prepare: puts a round's requests into an engine.
         run: runs them.
         samples: what `run` gave, by arm, one a round.
+        began: when, seconds since the epoch. What disturbs the machine shows in all that runs on it then.
     """
 
     arms: Mapping[str, Engine]
     prepare: Callable[[Engine, int], None]
     run: Callable[[Engine, int], T]
     samples: dict[str, list[T]] = field(default_factory=dict)
+    began: dict[str, list[float]] = field(default_factory=dict)
     _round: int = 0
 
     def warm_up(self) -> None:
@@ -172,12 +175,14 @@ class Rounds(Generic[T]):
         self.timed()
         self.after()
         self.samples.clear()
+        self.began.clear()
 
     def keep_complete(self) -> int:
         """Drops the samples of a round that is not complete; how many are left of each arm."""
         complete = min((len(self.samples.get(name, ())) for name in self.arms), default=0)
-        for samples in self.samples.values():
-            del samples[complete:]
+        of_arms: tuple[list[Any], ...] = (*self.samples.values(), *self.began.values())
+        for each in of_arms:
+            del each[complete:]
         return complete
 
     def before(self) -> None:
@@ -206,6 +211,7 @@ class Rounds(Generic[T]):
         return names[:timed], names[timed + 1 :]
 
     def _run(self, name: str) -> None:
+        self.began.setdefault(str(name), []).append(time.time())
         self.samples.setdefault(str(name), []).append(self.run(self.arms[name], self._round))
 
 
