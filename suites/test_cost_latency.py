@@ -20,8 +20,8 @@ LOAD = 0.8
 
 TRACE = 2
 """Seed of the arrivals, the same in every round. Where each round has its own, the two or three with the largest bursts
-are the whole p99, and its interval is twice as wide. With this one the queue of a single server has about the median and
-the maximum that it has with most.
+are the whole p99, and its interval is twice as wide. With this one the queue of a single server has about the median
+and the maximum that it has with most.
 """
 
 PERCENTILES = (50, 90, 99)
