@@ -56,6 +56,18 @@ def _shared_files(pid: int) -> dict[tuple[int, int], int]:
     return found
 
 
+def mapped_bytes(pid: int, name: str) -> int:
+    """Bytes of address space at which the process maps files whose name begins so; 0 if it has ended."""
+    found = 0
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            addresses, *_, path = line.split(maxsplit=5)
+            if path.startswith(name):
+                start, stop = (int(address, 16) for address in addresses.split("-"))
+                found += stop - start
+    return found
+
+
 @dataclass
 class Watch:
     """What `watched` saw.

@@ -115,10 +115,10 @@ CHUNK = 128
 
 
 def chunking(subject: Subject, media: list[Media]) -> Engine:
-    """With several steps for a long prompt, and an encoder cache for few of these images.
+    """With several steps for a long prompt.
 
-    The cache has a place for each token of a step. vLLM would make it larger for the largest image of a model, which it
-    takes for smaller than LLaVA-OneVision's are.
+    An item must fit into one: vLLM takes LLaVA-OneVision's images for smaller than they are, and the encoder
+    cache, which is as large as a step or a model's largest item, has no room for them then.
     """
     largest = max(len(rows(subject, subject.engine(), item)) for item in media)
     return subject.engine(
@@ -139,7 +139,7 @@ def test_chunked_prefill_with_several_images(subject: Subject, record_property: 
 
 
 def evict(subject: Subject, engine: Engine) -> None:
-    """Sends other items until the encoder cache, which vLLM makes as large as a model's largest item, has had to let go
+    """Sends other items until the encoder cache, which has room for a model's largest item or more, has had to let go
     of all that was in it.
     """
     filler = image(400, 224, 224)

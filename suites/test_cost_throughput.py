@@ -64,7 +64,8 @@ def test_peers(cost: Cost, peer: str, benchmark: Any, record_property: Record, p
 def test_items_asked_about_again(cost: Cost, benchmark: Any, record_property: Record) -> None:
     """With re-use, what left the GPU's encoder cache is loaded and not encoded again: faster than without capture."""
     work = Workload("asked-again", side=1024, texts=8, scattered=True)
-    # An encoder cache for fewer images than the round has; vLLM makes it as large as a step's tokens.
+    # An encoder cache for fewer images than the round has: vLLM makes it as large as a step's tokens, or as the model's
+    # largest item, where that has more.
     tokens = 2048 if on_gpu() else 128
     reuse = {"enable_mm_embedding_reuse": True}
     both = [Arm.ABSENT, Arm.CAPTURING]

@@ -95,8 +95,12 @@ class FakeBenchmark:
 
 
 def ran_rounds(rounds: Rounds[str], **options: Any) -> int:
-    Cost(cast("Subject", FakeSubject()), 12, **options).run(rounds, FakeBenchmark(), "a group")
+    benchmark = FakeBenchmark()
+    Cost(cast("Subject", FakeSubject()), 12, **options).run(rounds, benchmark, "a group")
     [number] = {len(samples) for samples in rounds.samples.values()}
+    assert {arm: len(moments) for arm, moments in benchmark.extra_info["began"].items()} == {
+        str(arm): number for arm in rounds.arms
+    }, "each round of each arm has the moment when it began"
     return number
 
 
@@ -134,7 +138,6 @@ def test_what_ran_before_an_interrupt_counts() -> None:
     rounds.run = interrupted
     assert ran_rounds(rounds, session=session) == 3
     assert str(session.shouldstop).startswith("the benchmark's rounds")
-    assert [len(moments) for moments in rounds.began.values()] == [3, 3]
 
 
 def test_an_interrupt_before_the_first_round_is_one() -> None:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from harness.memory import cpu_bytes, tree, watched
+from harness.memory import cpu_bytes, mapped_bytes, tree, watched
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -58,6 +58,15 @@ def test_what_is_held_is_counted_once(what: str) -> None:
 def test_what_was_given_back_is_not_counted() -> None:
     with holding("nothing") as other, holding("memfd, closed") as pid:
         assert abs(cpu_bytes(pid) - cpu_bytes(other)) < 2 * MIB
+
+
+def test_what_is_mapped_is_told_by_the_files_name() -> None:
+    with holding("memfd, mapped") as pid:
+        assert mapped_bytes(pid, "/memfd:test") == SIZE
+        assert mapped_bytes(pid, "/memfd:other") == 0
+    with holding("memfd") as pid:
+        assert mapped_bytes(pid, "/memfd:test") == 0
+    assert mapped_bytes(pid, "/memfd:test") == 0, "it has ended"
 
 
 def test_a_process_that_is_gone_has_no_memory() -> None:

@@ -320,6 +320,9 @@ class StoreMachine(RuleBasedStateMachine):
             if hasattr(self, "store"):
                 self.end()
         finally:
+            if hasattr(self, "store"):
+                self.writer.close()
+                self.store.close()
             self.patch.stop()
 
     def end(self) -> None:
@@ -335,8 +338,6 @@ class StoreMachine(RuleBasedStateMachine):
         stats = self.store.stats()
         assert (stats.held_bytes, stats.cached_bytes, stats.items, stats.leases, stats.requests) == (0, 0, 0, 0, 0)
         assert stats.mapped_bytes <= 4096
-        self.writer.close()
-        self.store.close()
 
 
 StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -77,7 +78,9 @@ def arena() -> Iterator[Arena]:
 
 
 @pytest.fixture
-def writer(arena: Arena) -> Iterator[Writer]:
+def writer(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> Iterator[Writer]:
+    """That drops when it is told to."""
+    monkeypatch.setattr(transport, "_LOOK_SECONDS", 60.0)
     writer = Writer(arena.address)
     yield writer
     writer.close()
@@ -132,8 +135,10 @@ def test_one_spare_segment_is_kept(arena: Arena) -> None:
     assert allocate(arena, 0).segment == blocks[0].segment
 
 
-def test_empty_segments_are_kept_while_there_are_allocations() -> None:
-    arena = Arena(16 * PAGE, segment_bytes=PAGE, retain_seconds=0.1)
+def test_empty_segments_are_kept_while_the_arena_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    arena = Arena(16 * PAGE, segment_bytes=PAGE, retain_seconds=30.0)
     blocks = [allocate(arena, PAGE - HEADER_BYTES) for _ in range(4)]
     made = arena.take_made()
     assert made == [block.segment for block in blocks]
@@ -146,12 +151,13 @@ def test_empty_segments_are_kept_while_there_are_allocations() -> None:
     assert arena.take_made() == []
     for block in again:
         arena.free(block)
-    time.sleep(0.06)
-    arena.free(allocate(arena, 1))
-    time.sleep(0.06)
-    assert arena.trim(), "all but one are empty for longer than that, but the load goes on"
-    assert arena.mapped_bytes == 4 * PAGE
-    time.sleep(0.06)
+    for use in (lambda: arena.free(allocate(arena, 1)), lambda: arena.withdraw(arena.lease())):
+        clock.now += 20
+        use()
+        clock.now += 20
+        assert arena.trim(), "all are empty for longer than that, but the load goes on"
+        assert arena.mapped_bytes == 4 * PAGE
+    clock.now += 20
     assert not arena.trim()
     assert arena.mapped_bytes == PAGE
     arena.close()
@@ -637,21 +643,49 @@ def test_the_writer_unmaps_what_it_drops_and_the_reader_maps_nothing(arena: Aren
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_writer_of_an_idle_engine_unmaps_too(arena: Arena, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "_LOOK_SECONDS", 0.01)
-    writer = Writer(arena.address, device)
     gc.collect()
     before = mappings()
-    kept, gone = allocate(arena, PAGE - HEADER_BYTES), allocate(arena, 8 * PAGE)
-    writer.write(kept, torch.ones(PAGE - HEADER_BYTES, dtype=torch.uint8, device=device))
-    writer.write(gone, torch.ones(8 * PAGE, dtype=torch.uint8, device=device))
-    time.sleep(0.1)
-    assert mappings() == before + 2, "what the owner has is not the writer's to drop"
-    arena.free(gone)
-    arena.trim()
-    deadline = time.monotonic() + 10
-    while mappings() > before + 1 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert mappings() == before + 1
-    writer.close()
+    with closing(Writer(arena.address, device)) as writer:
+        kept, gone = allocate(arena, PAGE - HEADER_BYTES), allocate(arena, 8 * PAGE)
+        for block in (kept, gone):
+            writer.write(block, torch.ones(block.nbytes, dtype=torch.uint8, device=device))
+        time.sleep(0.1)
+        assert mappings() == before + 2, "what the owner has is not the writer's to drop"
+        arena.free(gone)
+        arena.trim()
+        deadline = time.monotonic() + 10
+        while mappings() > before + 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert mappings() == before + 1
+    assert mappings() == before
+
+
+def test_nothing_is_unmapped_under_a_copy(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_LOOK_SECONDS", 0.001)
+    copying, finish = threading.Event(), threading.Event()
+    happened: list[str] = []
+
+    class Slow(transport._HostCopier):
+        def copy(self, batch: Sequence[Any]) -> None:
+            copying.set()
+            finish.wait(10)
+            happened.append("copied")
+
+        def detach(self, segments: Sequence[torch.Tensor]) -> None:
+            happened.append("detached")
+
+    monkeypatch.setattr(transport, "_HostCopier", Slow)
+    with closing(Writer(arena.address)) as writer:
+        block = allocate(arena, 8 * PAGE)
+        thread = threading.Thread(target=writer.write, args=(block, torch.ones(8 * PAGE, dtype=torch.uint8)))
+        thread.start()
+        assert copying.wait(10)
+        arena.free(block)
+        arena.trim()
+        time.sleep(0.1)  # in which the other thread looks many times
+        finish.set()
+        thread.join()
+    assert happened == ["copied", "detached"]
 
 
 def test_nothing_stays_open(arena: Arena) -> None:
@@ -877,7 +911,8 @@ def test_an_owner_killed_while_a_reader_copies(
     """The reader has the memory open: the rows are whole and the right ones."""
     address = owner.result()
     block = owner.call("allocate", make_rows(1).nbytes)
-    SeededWriter(address).write_rows(block, 1, 10, "float32")
+    with closing(SeededWriter(address)) as writer:
+        writer.write_rows(block, 1, 10, "float32")
     handle = remote_lease(owner, block)
     during_copy(owner.kill)
     assert torch.equal(read(handle), make_rows(1))

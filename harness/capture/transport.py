@@ -192,9 +192,9 @@ class Arena:
         capacity_bytes: cap of the blocks' footprints together.
         segment_bytes: size of a segment; a larger block gets a segment of its own.
         lease_seconds: a lease that is not done by then has expired (its reader died).
-        retain_seconds: how long after the last block was allocated the segments without blocks are kept. The writer's
+        retain_seconds: how long after the last allocation or lease the segments without blocks are kept. The writer's
             device needs about 1 ms a MiB to get used to a new one, and may finish all its work before it lets one go:
-            segments go when a load has ended, and not within one.
+            a load keeps what it has needed, up to the cap, until it has ended.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Arena:
         self._segments: dict[SegmentId, _Segment] = {}  # oldest first: filled first, so that the newest drain
         self._blocks: dict[int, Block] = {}
         self._made: list[SegmentId] = []
-        self._last_allocation = 0.0  # time.monotonic
+        self._last_use = 0.0  # time.monotonic
         self._next_generation = 1 + secrets.randbits(61)
         self._leases: dict[int, Lease] = {}
         self._free_slots: list[int] = []
@@ -254,7 +254,7 @@ class Arena:
             assert offset is not None
         block = Block(segment.id, offset, nbytes, self._generation())
         self._blocks[block.generation] = block
-        self._last_allocation = time.monotonic()
+        self._last_use = time.monotonic()
         self.held_bytes += needed
         return block
 
@@ -275,14 +275,14 @@ class Arena:
             self._give_back(segment)
 
     def trim(self) -> bool:
-        """Gives back what is empty `retain_seconds` after the last allocation, up to one segment.
+        """Gives back what is empty `retain_seconds` after the last use, up to one segment.
 
         Returns:
             Whether there is more to come.
         """
         empty = sorted(self._empty(), key=lambda segment: segment.nbytes)
         others = empty if empty and empty[0].nbytes > self._segment_bytes else empty[1:]
-        if time.monotonic() < self._last_allocation + self._retain_seconds:
+        if time.monotonic() < self._last_use + self._retain_seconds:
             return bool(others)
         for segment in others:
             self._give_back(segment)
@@ -307,7 +307,8 @@ class Arena:
             slot = self._free_slots.pop()
         else:
             slot, self._num_slots = self._num_slots, self._num_slots + 1
-        lease = Lease(slot, self._generation(), time.monotonic() + self._lease_seconds)
+        self._last_use = time.monotonic()
+        lease = Lease(slot, self._generation(), self._last_use + self._lease_seconds)
         os.pwrite(self.address.ledger.fd, lease.generation.to_bytes(_WORD, "little") + bytes(_WORD), slot * _SLOT_BYTES)
         self._leases[lease.generation] = lease
         return lease
@@ -450,7 +451,7 @@ class _Copy(NamedTuple):
 class _Copier(Protocol):
     def attach(self, pages: Tensor) -> None: ...
 
-    def detach(self, pages: Tensor) -> None: ...
+    def detach(self, segments: Sequence[Tensor]) -> None: ...
 
     def copy(self, batch: Sequence[_Copy]) -> None: ...
 
@@ -470,7 +471,7 @@ class _HostCopier:
     def attach(self, pages: Tensor) -> None:
         pass
 
-    def detach(self, pages: Tensor) -> None:
+    def detach(self, segments: Sequence[Tensor]) -> None:
         pass
 
     def copy(self, batch: Sequence[_Copy]) -> None:
@@ -511,9 +512,11 @@ class _CudaCopier:
     def attach(self, pages: Tensor) -> None:
         self._registered[pages.data_ptr()] = self._thread.submit(_register, pages)
 
-    def detach(self, pages: Tensor) -> None:
-        registered = self._registered.pop(pages.data_ptr())
-        self._dropping.submit(self._unregister, registered, self._stream.record_event(), pages)
+    def detach(self, segments: Sequence[Tensor]) -> None:
+        idle = self._stream.record_event()
+        for pages in segments:
+            registered = self._registered.pop(pages.data_ptr())
+            self._dropping.submit(self._unregister, registered, idle, pages)
 
     @staticmethod
     def _unregister(registered: Future[None], idle: torch.cuda.Event, pages: Tensor) -> None:
@@ -546,7 +549,9 @@ class _CudaCopier:
 
     def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
         self._registered[pages.data_ptr()].result()
-        return data.to(self._device, non_blocking=True)
+        found = data.to(self._device, non_blocking=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # for `detach`, which waits for this stream
+        return found
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -669,32 +674,38 @@ class Writer:
         """Unmaps the segments that the owner gave back, after the copies that are under way; the thread does it too."""
         with self._lock:
             mapped = list(self._segments)
-        self._drop(segment for segment in mapped if not self._is_there(segment))
+        gone = [segment for segment in mapped if not self._is_there(segment)]
+        with self._lock:
+            self._drop(gone)
 
     def close(self) -> None:
-        """Unmaps everything."""
+        """Unmaps everything. Not to be called beside the other methods."""
         self._closed.set()
-        if self._looker is not None:
-            self._looker.join()
-        self._drop(list(self._segments))
+        if (looker := self._looker) is not None:
+            looker.join()
+        with self._lock:
+            self._drop(list(self._segments))
         self._copier.close()
 
     def _keep_looking(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
             self.drop_gone()
+            with self._lock:
+                if not self._segments:
+                    self._looker = None
+                    return
 
     def _is_there(self, segment: SegmentId) -> bool:
         with suppress(OSError):
             return _is(os.stat(_path(self._address, segment)), self._address, segment)  # noqa: PTH116 - as in _opened
         return False
 
-    def _drop(self, segments: Iterable[SegmentId]) -> None:
-        for segment in segments:
-            with self._lock:
-                if (pages := self._segments.pop(segment, None)) is not None:
-                    self._copier.detach(pages)
-
     # Below: with the lock held.
+
+    def _drop(self, segments: Iterable[SegmentId]) -> None:
+        dropped = [pages for segment in segments if (pages := self._segments.pop(segment, None)) is not None]
+        if dropped:
+            self._copier.detach(dropped)
 
     def _stamped(self, block: Block, stamp: int, source: Tensor | None) -> list[_Copy]:
         with suppress(BlockGone):
