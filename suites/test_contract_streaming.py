@@ -63,11 +63,11 @@ def test_only_the_final_output_carries_it(subject: Subject, engine: Engine, kind
 
 async def generate_from_elsewhere(server: Server, requests: list[Request]) -> tuple[list[list[Completion]], int]:
     """As from a frontend on another host; and how many handles it got, which it could not open there."""
-    from harness.capture import frontend, transport
+    from harness.capture import frontend, reader
 
     with (
         mock.patch.object(frontend, "whereabouts", return_value="another host"),
-        mock.patch.object(transport, "read", wraps=transport.read) as read,
+        mock.patch.object(reader, "read", wraps=reader.read) as read,
     ):
         return await generate(server, requests), read.call_count
 

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from harness import load
-from harness.capture.transport import SEGMENT_BYTES
+from harness.capture.arena import SEGMENT_BYTES
 from harness.engine import Arm, Engine, Interface
 from harness.engine_process import Server
 from harness.memory import cpu_bytes, gpu_bytes, mapped_bytes, tree, watched

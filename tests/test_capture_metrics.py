@@ -15,10 +15,11 @@ from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorLogging
 from harness.capture import frontend
 from harness.capture.connector import transfer_config
 from harness.capture.metrics import COUNTERS, GAUGES, Poll
+from harness.capture.reader import discard
 from harness.capture.scheduler import SchedulerCapture
 from harness.capture.settings import CONNECTOR, CaptureSettings
 from harness.capture.store import Item
-from harness.capture.transport import discard, footprint
+from harness.capture.transport import footprint
 
 WIDTH = 32
 

@@ -108,8 +108,8 @@ def test_capture_imports_nothing_else_of_the_harness() -> None:
                 assert "harness.capture" in line, f"{path.name}: {line}"
 
 
-@pytest.mark.parametrize("name", ["store", "transport"])
-def test_the_store_and_the_transport_import_no_vllm(name: str) -> None:
+@pytest.mark.parametrize("name", ["store", "transport", "arena", "writer", "reader"])
+def test_the_store_and_what_is_below_it_import_no_vllm(name: str) -> None:
     assert "vllm" not in {
         word.partition(".")[0]
         for line in (Path(arguments.__file__).parent / f"{name}.py").read_text().splitlines()

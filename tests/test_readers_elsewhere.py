@@ -19,7 +19,8 @@ from vllm.v1.request import Request
 from harness.capture import frontend, scheduler
 from harness.capture.scheduler import DELIVERY, SchedulerCapture
 from harness.capture.settings import READER, CaptureSettings
-from harness.capture.transport import Writer, whereabouts
+from harness.capture.transport import whereabouts
+from harness.capture.writer import Writer
 
 WIDTH, NUM_ROWS, NUM_LEVELS = 8, 5, 2
 TRUTH = {

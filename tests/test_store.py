@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from harness.capture import store as store_module
+from harness.capture.arena import Arena
+from harness.capture.reader import read
 from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, NotDispatched
-from harness.capture.transport import Arena, Block, BlockGone, CaptureFailed, TransportTimeout, Writer, footprint, read
+from harness.capture.transport import Block, BlockGone, CaptureFailed, TransportTimeout, footprint
+from harness.capture.writer import Writer
 
 PAGE = 4096
 WIDTH = 32

@@ -15,9 +15,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from harness.capture import transport
+from harness.capture import arena, reader
+from harness.capture.arena import Arena
+from harness.capture.reader import read
 from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, NotDispatched
-from harness.capture.transport import Arena, Block, BlockGone, CaptureFailed, TransportTimeout, Writer, footprint, read
+from harness.capture.transport import Block, BlockGone, CaptureFailed, TransportTimeout, footprint
+from harness.capture.writer import Writer
 
 CAPACITY = 8192
 LEASE_SECONDS = 100.0
@@ -89,8 +92,9 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.advance)
-        self.patch = mock.patch.object(transport, "time", clock)
-        self.patch.start()
+        self.patches = [mock.patch.object(module, "time", clock) for module in (arena, reader)]
+        for patch in self.patches:
+            patch.start()
         self.epoch = 0
         self.count = 0
         self.shared: dict[str, Copy] = {}  # held copies that a new request may share
@@ -298,7 +302,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(reading=consumes(readings))
     def discard(self, reading: Reading) -> None:
-        transport.discard(reading.handle)
+        reader.discard(reading.handle)
         reading.done = True
 
     # --- always
@@ -323,13 +327,14 @@ class StoreMachine(RuleBasedStateMachine):
             if hasattr(self, "store"):
                 self.writer.close()
                 self.store.close()
-            self.patch.stop()
+            for patch in self.patches:
+                patch.stop()
 
     def end(self) -> None:
         for request in self.all_requests:
             self.store.release(request.request_id)
         for reading in self.all_readings:
-            transport.discard(reading.handle)
+            reader.discard(reading.handle)
         self.store.reap()
         stats = self.store.stats()
         assert stats.held_bytes == stats.cached_bytes

@@ -22,11 +22,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.capture import transport
+from harness.capture import reader, transport
+from harness.capture.arena import Arena
+from harness.capture.reader import discard, pack, read, unpack
 from harness.capture.transport import (
     HEADER_BYTES,
     Address,
-    Arena,
     Block,
     BlockGone,
     CaptureFailed,
@@ -35,14 +36,11 @@ from harness.capture.transport import (
     Span,
     TransportError,
     TransportTimeout,
-    Writer,
-    discard,
     footprint,
-    pack,
-    read,
-    unpack,
+    process_start,
     whereabouts,
 )
+from harness.capture.writer import Writer, _HostCopier
 
 PAGE = 4096
 WIDTH = 32
@@ -80,7 +78,7 @@ def arena() -> Iterator[Arena]:
 @pytest.fixture
 def writer(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> Iterator[Writer]:
     """That drops when it is told to."""
-    monkeypatch.setattr(transport, "_LOOK_SECONDS", 60.0)
+    monkeypatch.setattr("harness.capture.writer._LOOK_SECONDS", 60.0)
     writer = Writer(arena.address)
     yield writer
     writer.close()
@@ -137,7 +135,7 @@ def test_one_spare_segment_is_kept(arena: Arena) -> None:
 
 def test_empty_segments_are_kept_while_the_arena_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("harness.capture.arena.time", SimpleNamespace(monotonic=lambda: clock.now))
     arena = Arena(16 * PAGE, segment_bytes=PAGE, retain_seconds=30.0)
     blocks = [allocate(arena, PAGE - HEADER_BYTES) for _ in range(4)]
     made = arena.take_made()
@@ -268,7 +266,7 @@ def test_read_returns_the_spans_in_order(arena: Arena, dtype: str, device: str) 
 def test_a_stamp_follows_all_of_its_data(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device, _, without = device.partition(" ")
     if without:
-        monkeypatch.setattr(transport, "_attribute", lambda _number, _device: 0)
+        monkeypatch.setattr("harness.capture.writer._attribute", lambda _number, _device: 0)
     arena = Arena(256 << 20)
     writer = Writer(arena.address, device)
     rows = make_rows(1, 1 << 16)  # 8 MiB: on a GPU the copy is under way when the reader begins to look
@@ -293,9 +291,9 @@ def test_memory_of_large_rows_goes_back_to_the_system() -> None:
         ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
         return any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges)
 
-    kept = [transport.empty((1 << 14, WIDTH), torch.float32).fill_(1.0) for _ in range(3)]  # of 2 MiB
+    kept = [reader.empty((1 << 14, WIDTH), torch.float32).fill_(1.0) for _ in range(3)]  # of 2 MiB
     del kept[0]  # from the first one freed malloc learns what to keep
-    kept += [transport.empty((1 << 14, WIDTH), torch.float32).fill_(1.0) for _ in range(3)]
+    kept += [reader.empty((1 << 14, WIDTH), torch.float32).fill_(1.0) for _ in range(3)]
     addresses = [rows.data_ptr() for rows in kept]
     assert all(map(is_mapped, addresses))
     kept.clear()
@@ -516,14 +514,14 @@ def test_slots_are_used_again(arena: Arena) -> None:
 @pytest.fixture
 def during_copy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
     """Runs a function while a reader copies: after the stamp was seen, before it is looked at again."""
-    original = transport._read_into
+    original = reader._read_into
 
     def install(action: Callable[[], object]) -> None:
         def read_into(*args: Any) -> None:
             action()
             original(*args)
 
-        monkeypatch.setattr(transport, "_read_into", read_into)
+        monkeypatch.setattr(reader, "_read_into", read_into)
 
     return install
 
@@ -642,7 +640,7 @@ def test_the_writer_unmaps_what_it_drops_and_the_reader_maps_nothing(arena: Aren
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_writer_of_an_idle_engine_unmaps_too(arena: Arena, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("harness.capture.writer._LOOK_SECONDS", 0.01)
     gc.collect()
     before = mappings()
     with closing(Writer(arena.address, device)) as writer:
@@ -661,11 +659,11 @@ def test_the_writer_of_an_idle_engine_unmaps_too(arena: Arena, device: str, monk
 
 
 def test_nothing_is_unmapped_under_a_copy(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr("harness.capture.writer._LOOK_SECONDS", 0.001)
     copying, finish = threading.Event(), threading.Event()
     happened: list[str] = []
 
-    class Slow(transport._HostCopier):
+    class Slow(_HostCopier):
         def copy(self, batch: Sequence[Any]) -> None:
             copying.set()
             finish.wait(10)
@@ -674,7 +672,7 @@ def test_nothing_is_unmapped_under_a_copy(arena: Arena, monkeypatch: pytest.Monk
         def detach(self, segments: Sequence[torch.Tensor]) -> None:
             happened.append("detached")
 
-    monkeypatch.setattr(transport, "_HostCopier", Slow)
+    monkeypatch.setattr("harness.capture.writer._HostCopier", Slow)
     with closing(Writer(arena.address)) as writer:
         block = allocate(arena, 8 * PAGE)
         thread = threading.Thread(target=writer.write, args=(block, torch.ones(8 * PAGE, dtype=torch.uint8)))
@@ -900,9 +898,9 @@ def test_a_process_that_is_dead_but_not_waited_for_has_ended() -> None:
     """A zombie has its pid and start time still."""
     with subprocess.Popen(["true"]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert transport._process_start(process.pid) is None
-    assert transport._process_start(process.pid) is None
-    assert transport._process_start(os.getpid()) is not None
+        assert process_start(process.pid) is None
+    assert process_start(process.pid) is None
+    assert process_start(os.getpid()) is not None
 
 
 def test_an_owner_killed_while_a_reader_copies(

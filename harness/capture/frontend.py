@@ -17,11 +17,11 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.outputs import CompletionOutput
 from vllm.v1.engine import FinishReason
 
-from harness.capture import transport
+from harness.capture import reader
 from harness.capture.patches import Patch
 from harness.capture.scheduler import DELIVERY, encoded_features
 from harness.capture.settings import READER, CaptureSettings, RequestOptions
-from harness.capture.transport import whereabouts
+from harness.capture.transport import TransportError, whereabouts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,11 +92,11 @@ def _read(delivery: dict[str, Any]) -> _Embeddings:
 
     Raises:
         MMEmbeddingError: the engine core could not capture.
-        transport.TransportError: the shared memory cannot be read.
+        TransportError: the shared memory cannot be read.
     """
     if (error := delivery.get("error")) is not None:
         raise MMEmbeddingError(error, HTTPStatus(delivery["status"]))
-    packed = transport.unpack(delivery["rows"]) if "rows" in delivery else transport.read(delivery["handle"])
+    packed = reader.unpack(delivery["rows"]) if "rows" in delivery else reader.read(delivery["handle"])
     hidden_size = delivery["hidden_size"]
     items, start = [], 0
     for modality, num_rows, identifier in delivery["items"]:
@@ -109,7 +109,7 @@ def _read(delivery: dict[str, Any]) -> _Embeddings:
 
 
 def _own(rows: Tensor) -> Tensor:
-    return rows if rows.is_contiguous() else transport.empty(rows.shape, rows.dtype).copy_(rows)
+    return rows if rows.is_contiguous() else reader.empty(rows.shape, rows.dtype).copy_(rows)
 
 
 def _not_sent(request_id: str) -> NoReturn:
@@ -172,7 +172,7 @@ def _take_deliveries(original: Callable[..., Any]) -> Callable[..., Any]:
                     _mark(self, state)
                     state._mm_embedding = _readers().submit(_read, delivery)
                 elif "handle" in delivery:  # aborted meanwhile
-                    transport.discard(delivery["handle"])
+                    reader.discard(delivery["handle"])
         return original(self, engine_core_outputs, *args, **kwargs)
 
     return process_outputs
@@ -192,7 +192,7 @@ def _attach_at_finish(original: Callable[..., Any]) -> Callable[..., Any]:
             return completion
         try:
             embeddings = _not_sent(self.request_id) if future is None else future.result()
-        except (MMEmbeddingError, transport.TransportError) as error:
+        except (MMEmbeddingError, TransportError) as error:
             failure = error if isinstance(error, MMEmbeddingError) else MMEmbeddingError(str(error))
             # Raised here, in the middle of a step's outputs, it would end AsyncLLM's engine, and leave requests of LLM
             # behind that the next call waits for.

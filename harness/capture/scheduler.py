@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata
 from vllm.logger import init_logger
 
+from harness.capture.arena import Arena
+from harness.capture.reader import pack, read
 from harness.capture.settings import CaptureSettings, RequestOptions
 from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, Loan, Stats
-from harness.capture.transport import Address, Arena, Block, SegmentId, TransportError, pack, read, whereabouts
+from harness.capture.transport import Address, Block, SegmentId, TransportError, whereabouts
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness.capture.transport import Arena, Block, Lease, SegmentId, Span, TransportError, footprint
+from harness.capture.arena import Arena
+from harness.capture.transport import Block, Lease, SegmentId, Span, TransportError, footprint
 
 _REAP_SECONDS = 0.1
 """How often the thread looks. While it does, the engine's step waits for the interpreter; and `acquire`, which may need
@@ -179,7 +180,7 @@ class EmbeddingStore:
             return entry.block
 
     def deliver(self, request_id: str) -> dict[str, Any]:
-        """Turns the request's hold into a lease and returns the handle for transport.read, spans in item order.
+        """Turns the request's hold into a lease and returns the handle for reader.read, spans in item order.
 
         Raises:
             NotDispatched: an item of the request is not dispatched, or the request holds none.

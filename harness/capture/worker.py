@@ -10,7 +10,8 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from harness.capture.store import Item
-from harness.capture.transport import Address, Block, Writer
+from harness.capture.transport import Address, Block
+from harness.capture.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

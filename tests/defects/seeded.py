@@ -316,7 +316,7 @@ def handle_sent_elsewhere() -> None:
 
 def engines_mixed_up() -> None:
     """The frontend takes the first engine that it hears of for the owner of all embeddings."""
-    from harness.capture import transport
+    from harness.capture import reader
 
     heard_of: list[Any] = []
 
@@ -328,7 +328,7 @@ def engines_mixed_up() -> None:
 
         return decode
 
-    _replace(transport, "_decode", of_the_first)
+    _replace(reader, "_decode", of_the_first)
 
 
 def refusal_removed() -> None:

@@ -1,0 +1,310 @@
+"""Writer's side of the shared memory, in the worker: copies tensors into blocks, from a GPU without waiting for it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from harness.capture.transport import (
+    FAILED,
+    HEADER_BYTES,
+    WORD,
+    Address,
+    Block,
+    BlockGone,
+    SegmentId,
+    TransportError,
+    exists,
+    opened,
+)
+
+
+class _Copy(NamedTuple):
+    """One step of a batch: bytes of `source` to the block's data if there is a source, then `stamp` to its header."""
+
+    pages: Tensor  # of the segment
+    block: Block
+    stamp: int
+    source: Tensor | None  # contiguous
+
+
+class _Copier(Protocol):
+    def attach(self, pages: Tensor) -> None: ...
+
+    def detach(self, segments: Sequence[Tensor]) -> None: ...
+
+    def copy(self, batch: Sequence[_Copy]) -> None: ...
+
+    def fetch(self, pages: Tensor, data: Tensor) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+def _data(pages: Tensor, block: Block) -> Tensor:
+    start = block.offset + HEADER_BYTES
+    return pages[start : start + block.nbytes]
+
+
+class _HostCopier:
+    """Copies at once, from any device."""
+
+    def attach(self, pages: Tensor) -> None:
+        pass
+
+    def detach(self, segments: Sequence[Tensor]) -> None:
+        pass
+
+    def copy(self, batch: Sequence[_Copy]) -> None:
+        for pages, block, stamp, source in batch:
+            if source is not None:
+                _data(pages, block).copy_(source.view(-1).view(torch.uint8))
+            pages[block.offset : block.offset + WORD].view(torch.int64).fill_(stamp)
+
+    def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
+        del pages
+        return data.clone()
+
+    def close(self) -> None:
+        pass
+
+
+class _CudaCopier:
+    """Copies on a side stream into registered (page-locked) memory; never waits for the device.
+
+    A thread registers the memory: that takes 0.5 ms a MiB, most of it for the kernel to find pages, and torch's own
+    binding would hold the interpreter meanwhile.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # By its number: in other threads another one may be the current one.
+        self._device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+        self._stream = torch.cuda.Stream(self._device)
+        self._stream_writes = all(_attribute(number, self._device.index) for number in _STREAM_WRITES)
+        self._thread = ThreadPoolExecutor(1, "mm-embedding-pages", initializer=self._use_device)
+        # Of its own: it waits for the device, and registering must not wait behind it.
+        self._dropping = ThreadPoolExecutor(1, "mm-embedding-dropped", initializer=self._use_device)
+        self._registered: dict[int, Future[None]] = {}  # by address
+
+    def _use_device(self) -> None:
+        torch.cuda.set_device(self._device)
+        torch.cuda.current_stream().query()  # makes the device's context current in this thread, for the driver's calls
+
+    def attach(self, pages: Tensor) -> None:
+        self._registered[pages.data_ptr()] = self._thread.submit(_register, pages)
+
+    def detach(self, segments: Sequence[Tensor]) -> None:
+        idle = self._stream.record_event()
+        for pages in segments:
+            registered = self._registered.pop(pages.data_ptr())
+            self._dropping.submit(self._unregister, registered, idle, pages)
+
+    @staticmethod
+    def _unregister(registered: Future[None], idle: torch.cuda.Event, pages: Tensor) -> None:
+        registered.result()
+        idle.synchronize()
+        _cuda("cuMemHostUnregister", ctypes.c_void_p(pages.data_ptr()))
+
+    def copy(self, batch: Sequence[_Copy]) -> None:
+        for address in {copy.pages.data_ptr() for copy in batch}:
+            self._registered[address].result()
+        # vLLM calls between the encoder and the language model, whose kernels wait for this thread: the driver is
+        # called directly, because torch takes five operations for the same, of which two run on the device.
+        sources = [None if copy.source is None else copy.source.to(self._device, non_blocking=True) for copy in batch]
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream = ctypes.c_void_p(self._stream.cuda_stream)
+        for copy, source in zip(batch, sources, strict=True):
+            header = copy.pages.data_ptr() + copy.block.offset
+            if source is not None and source.nbytes:
+                source.record_stream(self._stream)
+                data, nbytes = ctypes.c_void_p(header + HEADER_BYTES), ctypes.c_size_t(source.nbytes)
+                _cuda("cuMemcpyDtoHAsync_v2", data, ctypes.c_uint64(source.data_ptr()), nbytes, stream)
+            # In the stream's order and behind a barrier, or the way of the data: it arrives after them.
+            if self._stream_writes:
+                _cuda("cuStreamWriteValue64_v2", stream, ctypes.c_uint64(header), ctypes.c_uint64(copy.stamp), 0)
+            else:
+                with torch.cuda.stream(self._stream):
+                    value = torch.full((1,), copy.stamp, dtype=torch.int64, device=self._device)
+                stamp = ctypes.c_uint64(value.data_ptr())
+                _cuda("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(header), stamp, ctypes.c_size_t(WORD), stream)
+
+    def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
+        self._registered[pages.data_ptr()].result()
+        found = data.to(self._device, non_blocking=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # for `detach`, which waits for this stream
+        return found
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._dropping.shutdown()
+
+
+def _register(pages: Tensor) -> None:
+    address = ctypes.c_void_p(pages.data_ptr())
+    nbytes = ctypes.c_size_t(pages.nbytes)
+    # Without pages the driver finds them one by one, and holds a lock of its own meanwhile. Fails on old kernels, which
+    # does not matter.
+    ctypes.CDLL(None).madvise(address, nbytes, _MADV_POPULATE_WRITE)
+    try:
+        _cuda("cuMemHostRegister_v2", address, nbytes, _DEVICEMAP)
+    except TransportError as error:
+        raise TransportError(f"{pages.nbytes} bytes cannot be page-locked ({error}): lower the cap") from error
+
+
+_STREAM_WRITES = (91, 122)
+"""CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM and _CAN_USE_64_BIT_STREAM_MEM_OPS."""
+
+
+def _attribute(number: int, device: int) -> int:
+    value = ctypes.c_int()
+    _cuda("cuDeviceGetAttribute", ctypes.byref(value), number, device)
+    return value.value
+
+
+_DEVICEMAP = 2  # the stream writes the stamps as the device does, and not by a copy
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _cuda(function: str, *arguments: Any) -> None:
+    """Calls the driver without the interpreter's lock, which torch.cuda.cudart() holds.
+
+    Raises:
+        TransportError: it refuses.
+    """
+    if (error := getattr(_driver(), function)(*arguments)) != 0:
+        raise TransportError(f"the GPU's driver answers {function} with error {error}")
+
+
+_LOOK_SECONDS = 1.0
+
+
+class Writer:
+    """Worker side: copies tensors into blocks. Thread-safe.
+
+    Maps a segment at its first use. A small thread looks which the owner has given back and unmaps those: while a
+    device has them registered, their memory is not free, and the owner of an idle engine has no step to say so with.
+
+    Args:
+        address: the owner's.
+        device: where the tensors are. On CUDA all copies are asynchronous, ordered after the current stream.
+    """
+
+    def __init__(self, address: Address, device: torch.device | str = "cpu") -> None:
+        device = torch.device(device)
+        self._address = address
+        self._copier: _Copier = _CudaCopier(device) if device.type == "cuda" else _HostCopier()
+        self._segments: dict[SegmentId, Tensor] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._looker: threading.Thread | None = None
+
+    def view(self, block: Block) -> Tensor:
+        """The block's data: uint8, (nbytes,), shared with the other processes.
+
+        Raises:
+            BlockGone: the owner gave the segment back, or ended.
+        """
+        with self._lock:
+            return _data(self._pages(block.segment), block)
+
+    def write(self, block: Block, tensor: Tensor) -> None:
+        """write_many() of one."""
+        self.write_many([(block, tensor)])
+
+    def write_many(self, copies: Iterable[tuple[Block, Tensor]]) -> None:
+        """Copies each tensor to its block and stamps it. The bytes of both must be equally many.
+
+        A block whose segment was given back is left out: its request was aborted, nobody waits for it.
+        """
+        with self._lock:
+            batch = []
+            for block, tensor in copies:
+                if tensor.nbytes != block.nbytes:
+                    raise ValueError(f"a tensor of {tensor.nbytes} bytes does not fill a block of {block.nbytes}")
+                batch += self._stamped(block, block.generation, tensor.detach().contiguous())
+            self._copier.copy(batch)
+
+    def fetch(self, block: Block, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """A stamped block's data on the writer's device, on CUDA by a copy on the current stream.
+
+        Raises:
+            BlockGone: the owner gave the segment back, or ended.
+        """
+        with self._lock:
+            pages = self._pages(block.segment)
+            return self._copier.fetch(pages, _data(pages, block).view(dtype).view(shape))
+
+    def fail(self, block: Block) -> None:
+        """Stamps that there is no data for the block: its reader gets CaptureFailed."""
+        with self._lock:
+            self._copier.copy(self._stamped(block, block.generation | FAILED, None))
+
+    def prepare(self, segments: Iterable[SegmentId]) -> None:
+        """Maps segments before their first use, which on CUDA goes on in a thread."""
+        with self._lock:
+            for segment in segments:
+                with suppress(BlockGone):
+                    self._pages(segment)
+
+    def drop_gone(self) -> None:
+        """Unmaps the segments that the owner gave back, after the copies that are under way; the thread does it too."""
+        with self._lock:
+            mapped = list(self._segments)
+        gone = [segment for segment in mapped if not exists(self._address, segment)]
+        with self._lock:
+            self._drop(gone)
+
+    def close(self) -> None:
+        """Unmaps everything. Not to be called beside the other methods."""
+        self._closed.set()
+        if (looker := self._looker) is not None:
+            looker.join()
+        with self._lock:
+            self._drop(list(self._segments))
+        self._copier.close()
+
+    def _keep_looking(self) -> None:
+        while not self._closed.wait(_LOOK_SECONDS):
+            self.drop_gone()
+            with self._lock:
+                if not self._segments:
+                    self._looker = None
+                    return
+
+    # Below: with the lock held.
+
+    def _drop(self, segments: Iterable[SegmentId]) -> None:
+        dropped = [pages for segment in segments if (pages := self._segments.pop(segment, None)) is not None]
+        if dropped:
+            self._copier.detach(dropped)
+
+    def _stamped(self, block: Block, stamp: int, source: Tensor | None) -> list[_Copy]:
+        with suppress(BlockGone):
+            return [_Copy(self._pages(block.segment), block, stamp, source)]
+        return []
+
+    def _pages(self, segment: SegmentId) -> Tensor:
+        if (pages := self._segments.get(segment)) is None:
+            with opened(self._address, segment, os.O_RDWR) as fd:
+                # The tensor alone holds the mapping, which goes with it.
+                pages = torch.frombuffer(mmap.mmap(fd, os.fstat(fd).st_size), dtype=torch.uint8)
+            self._copier.attach(pages)
+            self._segments[segment] = pages
+            if self._looker is None:
+                self._looker = threading.Thread(target=self._keep_looking, name="mm-embedding-looker", daemon=True)
+                self._looker.start()
+        return pages
