@@ -669,7 +669,7 @@ def test_nothing_is_unmapped_under_a_copy(arena: Arena, monkeypatch: pytest.Monk
             finish.wait(10)
             happened.append("copied")
 
-        def detach(self, segments: Sequence[torch.Tensor]) -> None:
+        def detach(self, pages: torch.Tensor) -> None:
             happened.append("detached")
 
     monkeypatch.setattr("harness.capture.writer._HostCopier", Slow)

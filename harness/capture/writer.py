@@ -41,7 +41,7 @@ class _Copy(NamedTuple):
 class _Copier(Protocol):
     def attach(self, pages: Tensor) -> None: ...
 
-    def detach(self, segments: Sequence[Tensor]) -> None: ...
+    def detach(self, pages: Tensor) -> None: ...
 
     def copy(self, batch: Sequence[_Copy]) -> None: ...
 
@@ -61,7 +61,7 @@ class _HostCopier:
     def attach(self, pages: Tensor) -> None:
         pass
 
-    def detach(self, segments: Sequence[Tensor]) -> None:
+    def detach(self, pages: Tensor) -> None:
         pass
 
     def copy(self, batch: Sequence[_Copy]) -> None:
@@ -102,16 +102,12 @@ class _CudaCopier:
     def attach(self, pages: Tensor) -> None:
         self._registered[pages.data_ptr()] = self._thread.submit(_register, pages)
 
-    def detach(self, segments: Sequence[Tensor]) -> None:
-        idle = self._stream.record_event()
-        for pages in segments:
-            registered = self._registered.pop(pages.data_ptr())
-            self._dropping.submit(self._unregister, registered, idle, pages)
+    def detach(self, pages: Tensor) -> None:
+        self._dropping.submit(self._unregister, self._registered.pop(pages.data_ptr()), pages)
 
-    @staticmethod
-    def _unregister(registered: Future[None], idle: torch.cuda.Event, pages: Tensor) -> None:
+    def _unregister(self, registered: Future[None], pages: Tensor) -> None:
         registered.result()
-        idle.synchronize()
+        self._stream.synchronize()  # the copies to these pages were queued before they were detached
         _cuda("cuMemHostUnregister", ctypes.c_void_p(pages.data_ptr()))
 
     def copy(self, batch: Sequence[_Copy]) -> None:
@@ -140,7 +136,7 @@ class _CudaCopier:
     def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
         self._registered[pages.data_ptr()].result()
         found = data.to(self._device, non_blocking=True)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # for `detach`, which waits for this stream
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # for `_unregister`, which waits for it
         return found
 
     def close(self) -> None:
@@ -288,9 +284,9 @@ class Writer:
     # Below: with the lock held.
 
     def _drop(self, segments: Iterable[SegmentId]) -> None:
-        dropped = [pages for segment in segments if (pages := self._segments.pop(segment, None)) is not None]
-        if dropped:
-            self._copier.detach(dropped)
+        for segment in segments:
+            if (pages := self._segments.pop(segment, None)) is not None:
+                self._copier.detach(pages)
 
     def _stamped(self, block: Block, stamp: int, source: Tensor | None) -> list[_Copy]:
         with suppress(BlockGone):
