@@ -38,11 +38,6 @@ def forget(server: Server) -> None:
     gc.collect()
 
 
-async def mapped(server: Server) -> int:
-    found = None if server.spec.arm is Arm.ABSENT else await server.capture_stats()
-    return 0 if found is None else found["mapped_bytes"]
-
-
 def mapped_by_a_process(pid: int) -> int:
     """Bytes of the plugin's shared memory: of the process of the tree that maps the most."""
     return max(mapped_bytes(process.pid, "/memfd:vllm-mm-embedding") for process in tree(pid))
@@ -51,11 +46,12 @@ def mapped_by_a_process(pid: int) -> int:
 def settled(engine: Engine) -> int:
     """Memory when nothing runs and nothing is kept: the store gives back all but a segment after half a minute.
 
-    What was given back and is still mapped is in no count, but a device may hold its pages.
+    The worker maps each segment that has pages, and a moment longer those that were given back: they are in no count
+    then, but a device may hold their pages.
     """
     engine.call(forget)
     deadline = time.monotonic() + 60
-    while max(engine.call(mapped), mapped_by_a_process(engine.pid)) > SEGMENT_BYTES:
+    while mapped_by_a_process(engine.pid) > SEGMENT_BYTES:
         assert time.monotonic() < deadline, "shared memory stays mapped"
         time.sleep(0.5)
     time.sleep(1.0)

@@ -201,7 +201,7 @@ class Arena:
         return lease
 
     def handle(self, lease: Lease, spans: Sequence[Span]) -> dict[str, Any]:
-        """What read() takes: a dict of integers, strings and lists."""
+        """What reader.read takes: a dict of integers, strings and lists."""
         address = self.address
         return {
             "owner": [address.pid, address.started, address.device, *address.ledger],
