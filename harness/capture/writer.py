@@ -88,9 +88,11 @@ class _CudaCopier:
     def __init__(self, device: torch.device) -> None:
         # By its number: in other threads another one may be the current one.
         self._device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+        self._driver = _driver()
         self._stream = torch.cuda.Stream(self._device)
-        self._stream_writes = all(_attribute(number, self._device.index) for number in _STREAM_WRITES)
-        self._thread = ThreadPoolExecutor(1, "mm-embedding-pages", initializer=self._use_device)
+        self._fence = torch.cuda.Event()
+        self._stream_writes = all(self._driver.attribute(number, self._device.index) for number in _STREAM_WRITES)
+        self._registering = ThreadPoolExecutor(1, "mm-embedding-pages", initializer=self._use_device)
         # Of its own: it waits for the device, and registering must not wait behind it.
         self._dropping = ThreadPoolExecutor(1, "mm-embedding-dropped", initializer=self._use_device)
         self._registered: dict[int, Future[None]] = {}  # by address
@@ -100,7 +102,7 @@ class _CudaCopier:
         torch.cuda.current_stream().query()  # makes the device's context current in this thread, for the driver's calls
 
     def attach(self, pages: Tensor) -> None:
-        self._registered[pages.data_ptr()] = self._thread.submit(_register, pages)
+        self._registered[pages.data_ptr()] = self._registering.submit(_register, pages)
 
     def detach(self, pages: Tensor) -> None:
         self._dropping.submit(self._unregister, self._registered.pop(pages.data_ptr()), pages)
@@ -108,81 +110,99 @@ class _CudaCopier:
     def _unregister(self, registered: Future[None], pages: Tensor) -> None:
         registered.result()
         self._stream.synchronize()  # the copies to these pages were queued before they were detached
-        _cuda("cuMemHostUnregister", ctypes.c_void_p(pages.data_ptr()))
+        self._driver.unregister(pages.data_ptr())
 
     def copy(self, batch: Sequence[_Copy]) -> None:
-        for address in {copy.pages.data_ptr() for copy in batch}:
-            self._registered[address].result()
         # vLLM calls between the encoder and the language model, whose kernels wait for this thread: the driver is
         # called directly, because torch takes five operations for the same, of which two run on the device.
         sources = [None if copy.source is None else copy.source.to(self._device, non_blocking=True) for copy in batch]
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        stream = ctypes.c_void_p(self._stream.cuda_stream)
-        for copy, source in zip(batch, sources, strict=True):
-            header = copy.pages.data_ptr() + copy.block.offset
+        self._after(torch.cuda.current_stream(self._device))
+        stream = self._stream.cuda_stream
+        for (pages, block, stamp, _), source in zip(batch, sources, strict=True):
+            address = pages.data_ptr()
+            self._registered[address].result()
+            header = address + block.offset
             if source is not None and source.nbytes:
                 source.record_stream(self._stream)
-                data, nbytes = ctypes.c_void_p(header + HEADER_BYTES), ctypes.c_size_t(source.nbytes)
-                _cuda("cuMemcpyDtoHAsync_v2", data, ctypes.c_uint64(source.data_ptr()), nbytes, stream)
+                self._driver.copy_to_host(header + HEADER_BYTES, source.data_ptr(), source.nbytes, stream)
             # In the stream's order and behind a barrier, or the way of the data: it arrives after them.
             if self._stream_writes:
-                _cuda("cuStreamWriteValue64_v2", stream, ctypes.c_uint64(header), ctypes.c_uint64(copy.stamp), 0)
+                self._driver.write_value(stream, header, stamp, 0)
             else:
                 with torch.cuda.stream(self._stream):
-                    value = torch.full((1,), copy.stamp, dtype=torch.int64, device=self._device)
-                stamp = ctypes.c_uint64(value.data_ptr())
-                _cuda("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(header), stamp, ctypes.c_size_t(WORD), stream)
+                    value = torch.full((1,), stamp, dtype=torch.int64, device=self._device)
+                self._driver.copy_to_host(header, value.data_ptr(), WORD, stream)
+
+    def _after(self, stream: torch.cuda.Stream) -> None:
+        self._fence.record(stream)  # the same one each time: `wait_stream` makes one and ends it
+        self._stream.wait_event(self._fence)
 
     def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
         self._registered[pages.data_ptr()].result()
         found = data.to(self._device, non_blocking=True)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # for `_unregister`, which waits for it
+        self._after(torch.cuda.current_stream(self._device))  # for `_unregister`, which waits for the stream
         return found
 
     def close(self) -> None:
-        self._thread.shutdown()
+        self._registering.shutdown()
         self._dropping.shutdown()
 
 
 def _register(pages: Tensor) -> None:
-    address = ctypes.c_void_p(pages.data_ptr())
-    nbytes = ctypes.c_size_t(pages.nbytes)
+    address, nbytes = pages.data_ptr(), pages.nbytes
     # Without pages the driver finds them one by one, and holds a lock of its own meanwhile. Fails on old kernels, which
     # does not matter.
-    ctypes.CDLL(None).madvise(address, nbytes, _MADV_POPULATE_WRITE)
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MADV_POPULATE_WRITE)
     try:
-        _cuda("cuMemHostRegister_v2", address, nbytes, _DEVICEMAP)
+        _driver().register(address, nbytes, _DEVICEMAP)
     except TransportError as error:
-        raise TransportError(f"{pages.nbytes} bytes cannot be page-locked ({error}): lower the cap") from error
+        raise TransportError(f"{nbytes} bytes cannot be page-locked ({error}): lower the cap") from error
 
 
 _STREAM_WRITES = (91, 122)
 """CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM and _CAN_USE_64_BIT_STREAM_MEM_OPS."""
 
 
-def _attribute(number: int, device: int) -> int:
-    value = ctypes.c_int()
-    _cuda("cuDeviceGetAttribute", ctypes.byref(value), number, device)
-    return value.value
-
-
 _DEVICEMAP = 2  # the stream writes the stamps as the device does, and not by a copy
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
 
 
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _cuda(function: str, *arguments: Any) -> None:
-    """Calls the driver without the interpreter's lock, which torch.cuda.cudart() holds.
+class _Driver:
+    """CUDA's driver, whose functions are called without the interpreter's lock, which torch.cuda.cudart() holds.
 
     Raises:
-        TransportError: it refuses.
+        TransportError: by each function, where the driver refuses.
     """
-    if (error := getattr(_driver(), function)(*arguments)) != 0:
-        raise TransportError(f"the GPU's driver answers {function} with error {error}")
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        address, word, size, number = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_uint
+        self.copy_to_host = self._function("cuMemcpyDtoHAsync_v2", address, word, size, address)
+        self.write_value = self._function("cuStreamWriteValue64_v2", address, word, word, number)
+        self.register = self._function("cuMemHostRegister_v2", address, size, number)
+        self.unregister = self._function("cuMemHostUnregister", address)
+        self._get_attribute = self._function("cuDeviceGetAttribute", address, ctypes.c_int, ctypes.c_int)
+
+    def attribute(self, number: int, device: int) -> int:
+        """A CU_DEVICE_ATTRIBUTE."""
+        value = ctypes.c_int()
+        self._get_attribute(ctypes.byref(value), number, device)
+        return value.value
+
+    def _function(self, name: str, *arguments: Any) -> Any:
+        function = getattr(self._library, name)
+        function.argtypes, function.errcheck = arguments, self._check  # numbers, of which it makes no objects here
+        return function
+
+    @staticmethod
+    def _check(error: int, function: Any, _arguments: tuple[Any, ...]) -> None:
+        if error:
+            raise TransportError(f"the GPU's driver answers {function.__name__} with error {error}")
+
+
+@functools.cache
+def _driver() -> _Driver:
+    return _Driver()
 
 
 _LOOK_SECONDS = 1.0
