@@ -37,23 +37,28 @@ def _memfd(name: str, nbytes: int) -> SegmentId:
 
 
 class _Segment:
-    """One memfd and its free extents: sorted, disjoint and never adjacent (start, stop)."""
+    """One memfd and its free extents: sorted, disjoint and never adjacent (start, stop).
+
+    Attributes:
+        largest: bytes of the largest extent. An allocation looks at hundreds of segments that are full.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self.id = _memfd("vllm-mm-embedding", nbytes)
         self.nbytes = nbytes
         self.free = [(0, nbytes)]
+        self.largest = nbytes
 
     @property
     def is_empty(self) -> bool:
         return self.free == [(0, self.nbytes)]
 
-    def take(self, nbytes: int) -> int | None:
-        for index, (start, stop) in enumerate(self.free):
-            if stop - start >= nbytes:
-                self.free[index : index + 1] = [(start + nbytes, stop)] if start + nbytes < stop else []
-                return start
-        return None
+    def take(self, nbytes: int) -> int:
+        """Where; there is an extent that is large enough."""
+        index, (start, stop) = next(pair for pair in enumerate(self.free) if pair[1][1] - pair[1][0] >= nbytes)
+        self.free[index : index + 1] = [(start + nbytes, stop)] if start + nbytes < stop else []
+        self._measure()
+        return start
 
     def give(self, start: int, stop: int) -> None:
         index = next((i for i, extent in enumerate(self.free) if extent[0] > start), len(self.free))
@@ -63,6 +68,10 @@ class _Segment:
             index -= 1
             start = self.free.pop(index)[0]
         self.free.insert(index, (start, stop))
+        self._measure()
+
+    def _measure(self) -> None:
+        self.largest = max((stop - start for start, stop in self.free), default=0)
 
     def close(self) -> None:
         # A process that still maps the segment would keep its pages. Punched out, they go now; a late copy of the
@@ -123,7 +132,7 @@ class Arena:
         if self.held_bytes + needed > self.capacity_bytes:
             return None
         for segment in self._segments.values():
-            if (offset := segment.take(needed)) is not None:
+            if segment.largest >= needed:
                 break
         else:
             size = round_up(max(needed, self._segment_bytes), mmap.PAGESIZE)
@@ -137,9 +146,7 @@ class Arena:
             self._segments[segment.id] = segment
             self.mapped_bytes += segment.nbytes
             self._made.append(segment.id)
-            offset = segment.take(needed)
-            assert offset is not None
-        block = Block(segment.id, offset, nbytes, self._generation())
+        block = Block(segment.id, segment.take(needed), nbytes, self._generation())
         self._blocks[block.generation] = block
         self._last_use = time.monotonic()
         self.held_bytes += needed

@@ -189,7 +189,7 @@ class SchedulerCapture:
                 return False
         if self.settings.reuse:
             self._asked = self._loadable(capture)
-        if request.request_id not in self._undelivered:
+        if not num_computed_tokens or request.request_id not in self._undelivered:
             return True
         pending = self.store.pending(request.request_id)
         if not pending:

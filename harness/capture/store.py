@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,8 +31,7 @@ class NotDispatched(TransportError):  # noqa: N818 - the state that it reports
     """A request cannot be delivered yet: no step that copies all its items was sent to the worker."""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One multimodal item's embeddings: (num_rows, width) of the torch dtype of that name.
 
     `levels` tells the packed output with the deepstack levels from the rows cut to hidden_size.
@@ -125,23 +124,21 @@ class EmbeddingStore:
         with self._lock:
             if request_id in self._requests:
                 return True
-            distinct = list(dict.fromkeys(items))
-            total = sum(footprint(item.nbytes) for item in distinct)
-            if total > self._arena.capacity_bytes:
+            sizes = {item: footprint(item.nbytes) for item in items}
+            if (total := sum(sizes.values())) > self._arena.capacity_bytes:
                 raise ItemTooLarge(
                     f"the embeddings of request {request_id} take {total} bytes, more than the capture's cap of "
                     f"{self._arena.capacity_bytes} bytes: raise the cap or send fewer items"
                 )
-            self._reap()
-            for item in distinct:
+            for item in sizes:
                 self._forget_if_failed(item)
-            found = [entry for item in distinct if (entry := self._index.get(item)) is not None]
-            missing = [item for item in distinct if item not in self._index]
-            evictable = self._cached_bytes - sum(entry.nbytes for entry in found if not entry.holders)
-            needed = sum(footprint(item.nbytes) for item in missing)
-            if self._arena.held_bytes - evictable + needed > self._arena.capacity_bytes:
-                self._waits += 1
-                return False
+            if not self._fits(sizes):
+                self._reap()  # not before it is needed: the GPU may be waiting for this step
+                if not self._fits(sizes):
+                    self._waits += 1
+                    return False
+            found = [entry for item in sizes if (entry := self._index.get(item)) is not None]
+            missing = [item for item in sizes if item not in self._index]
             self._hits += len(found)
             self._misses += len(missing)
             for entry in found:
@@ -286,6 +283,14 @@ class EmbeddingStore:
 
     # Below: with the lock held.
 
+    def _fits(self, sizes: Mapping[Item, int]) -> bool:
+        """Whether there is room for those of the items that are not here, once what nobody holds is evicted."""
+        room = self._arena.capacity_bytes - self._arena.held_bytes + self._cached_bytes
+        for item, size in sizes.items():
+            if (entry := self._index.get(item)) is None or not entry.holders:
+                room -= size  # here and held by nobody: it cannot be evicted for the others
+        return room >= 0
+
     def _entry(self, request_id: str, item: Item) -> _Entry:
         # Not from the index: after a reset it may have another entry of this item, for later requests.
         for entry in self._requests.get(request_id, []):
@@ -295,6 +300,9 @@ class EmbeddingStore:
 
     def _allocate(self, nbytes: int) -> Block:
         """A block; acquire() made sure that there is room once the cache is empty."""
+        if (block := self._arena.allocate(nbytes)) is not None:
+            return block
+        self._reap()
         while (block := self._arena.allocate(nbytes)) is None:
             if not self._cached:
                 block = self._arena.allocate(nbytes, fragmented=True)

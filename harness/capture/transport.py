@@ -23,7 +23,6 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,8 +57,7 @@ class SegmentId(NamedTuple):
     inode: int
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(NamedTuple):
     """What another process needs to open the owner's segments; picklable.
 
     `started` (clock ticks since boot, field 22 of /proc/<pid>/stat) tells the owner from a later process of the same
@@ -72,8 +70,7 @@ class Address:
     ledger: SegmentId
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """`nbytes` of data behind a header of HEADER_BYTES at `offset` of a segment; picklable."""
 
     segment: SegmentId
@@ -82,8 +79,7 @@ class Block:
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Rows in a block, as the reader gets them: shape (num_rows, width) of the torch dtype of that name."""
 
     block: Block
@@ -92,8 +88,7 @@ class Span:
     dtype: str
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """A reader's hold on blocks, until it is done or `deadline` (time.monotonic) has passed."""
 
     slot: int
