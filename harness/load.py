@@ -113,6 +113,8 @@ REPEATED = Workload("repeated", requests=4 * 48, again=True, times=4)
 Four times, because the 48 take a third of a second, and how a round begins and ends is the noise of it.
 """
 
+ALONE = Workload("one-at-a-time", requests=16, processed=True)
+
 WORKLOADS = (
     DISTINCT,
     PROCESSED,
@@ -147,7 +149,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Latencies:
-    """One round under Poisson arrivals, seconds from the moment that a request was due.
+    """One round of AsyncLLM, seconds from the moment that a request was due.
 
     Attributes:
         first_token: of each request.
@@ -261,7 +263,15 @@ async def arrive(server: Server, rate: float, seed: int) -> Latencies:
     requests = prepared(server).requests
     begin = time.perf_counter() + 0.05
     due = [begin + seconds for seconds in arrivals(len(requests), rate, seed)]
-    timed = await asyncio.gather(*(_timed(server, *pair) for pair in zip(requests, due, strict=True)))
+    return _latencies(await asyncio.gather(*(_timed(server, *pair) for pair in zip(requests, due, strict=True))))
+
+
+async def one_at_a_time(server: Server) -> Latencies:
+    """The prepared requests, each when the one before has ended: what no queue amplifies, and no burst disturbs."""
+    return _latencies([await _timed(server, request, time.perf_counter()) for request in prepared(server).requests])
+
+
+def _latencies(timed: list[tuple[float, float, float, bool]]) -> Latencies:
     first, between, end, found = zip(*timed, strict=True)
     return Latencies(list(first), list(between), list(end), sum(found))
 

@@ -1,17 +1,18 @@
-"""What capture costs one request among others that arrive at random, at 80 % of what the engine can serve."""
+"""What capture costs one request: alone, and among others that arrive at random at 80 % of what an engine can serve."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
 from harness import load
-from harness.engine import Arm, Interface
+from harness.engine import Arm, Engine, Interface
+from harness.load import Workload
 from harness.pytest_plugin.benchmarks import Cost, Rounds
-from harness.verdict import pooled_ratio
+from harness.verdict import Ratio, pooled_ratio
 
 pytestmark = [pytest.mark.suite("cost"), pytest.mark.clause("C14"), pytest.mark.once]
 
@@ -36,31 +37,62 @@ def test_latency_under_poisson_arrivals(
 ) -> None:
     arms = cost.arms(Interface.ASYNC_LLM)
     work = cost.scaled(load.PROCESSED)
-    for number, engine in enumerate(arms.values()):
-        engine.call(load.prepare, cost.subject.spec, work, 1000 + number)
-        engine.call(load.saturate)  # warms it up
+    warm_up(arms, cost, work)
     reference = arms[Arm.ABSENT]
     reference.call(load.prepare, cost.subject.spec, work, 1010)
     rate = LOAD * reference.call(load.saturate)
+    record_property("requests/s", round(rate, 2))
     rounds: Rounds[load.Latencies] = Rounds(
         arms,
         lambda engine, number: engine.call(load.prepare, cost.subject.spec, work, number),
         lambda engine, _number: engine.call(load.arrive, rate, TRACE),
     )
     cost.run(rounds, benchmark, "latency")
-    record_property("requests/s", round(rate, 2))
-    ratios = {}
+    judge(cost, rounds, work, benchmark, record_property)
+
+
+def test_latency_of_requests_one_at_a_time(
+    cost: Cost, benchmark: Any, record_property: Callable[[str, object], None]
+) -> None:
+    arms = cost.arms(Interface.ASYNC_LLM)
+    work = cost.scaled(load.ALONE)
+    warm_up(arms, cost, work)
+    rounds: Rounds[load.Latencies] = Rounds(
+        arms,
+        lambda engine, number: engine.call(load.prepare, cost.subject.spec, work, number),
+        lambda engine, _number: engine.call(load.one_at_a_time),
+    )
+    cost.run(rounds, benchmark, "latency")
+    judge(cost, rounds, work, benchmark, record_property)
+
+
+def warm_up(arms: Mapping[str, Engine], cost: Cost, work: Workload) -> None:
+    for number, engine in enumerate(arms.values()):
+        engine.call(load.prepare, cost.subject.spec, work, 1000 + number)
+        engine.call(load.saturate)
+
+
+def judge(
+    cost: Cost,
+    rounds: Rounds[load.Latencies],
+    work: Workload,
+    benchmark: Any,
+    record_property: Callable[[str, object], None],
+) -> None:
+    ratios: dict[int, dict[str, Ratio]] = {number: {} for number in PERCENTILES}
     for name in ("first_token", "between_tokens", "end_to_end"):
         samples = {arm: [getattr(each, name) for each in found] for arm, found in rounds.samples.items()}
         benchmark.extra_info[name] = samples
         for number in PERCENTILES:
-            for arm in arms:
-                value = percentile(number)(np.concatenate(samples[arm]))
-                record_property(f"{arm} {name} p{number} ms", round(1000 * value, 2))
-        for arm, ours in samples.items():
-            if arm != Arm.ABSENT:
-                ratios[f"absent/{arm} {name} p99"] = pooled_ratio(samples[Arm.ABSENT], ours, percentile(99))
+            statistic = percentile(number)
+            for arm, ours in samples.items():
+                record_property(f"{arm} {name} p{number} ms", round(1000 * statistic(np.concatenate(ours)), 2))
+                if arm != Arm.ABSENT:
+                    ratio = pooled_ratio(samples[Arm.ABSENT], ours, statistic)
+                    ratios[number][f"absent/{arm} {name} p{number}"] = ratio
     for arm, found in rounds.samples.items():
         expected = work.requests if arm == Arm.CAPTURING else 0
         assert {each.with_embedding for each in found} == {expected}
-    cost.judge("latency", ratios, record_property)
+    for number in PERCENTILES[:-1]:
+        cost.record(ratios[number], record_property)
+    cost.judge("latency", ratios[PERCENTILES[-1]], record_property)

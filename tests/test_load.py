@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import statistics
 import time
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -193,3 +195,25 @@ def test_arrivals_are_a_poisson_process_of_the_same_load_in_every_round() -> Non
     assert statistics.mean(counts) == pytest.approx(expected, rel=0.05)
     # Of a binomial distribution, which Poisson's is given the sum. Evenly spaced arrivals have none.
     assert statistics.variance(counts) == pytest.approx(expected * (1 - expected / 64), rel=0.25)
+
+
+def test_one_at_a_time_no_request_waits_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[Request] = []
+
+    async def stream(_server: Server, request: Request) -> AsyncIterator[Any]:
+        assert not running, "two requests at once"
+        running.append(request)
+        for tokens in (1, 3):
+            await asyncio.sleep(0.05)
+            completion = SimpleNamespace(token_ids=[0] * tokens, mm_embedding="rows" if tokens == 3 else None)
+            yield SimpleNamespace(outputs=[completion])
+        running.remove(request)
+
+    monkeypatch.setattr(load, "stream", stream)
+    server = Server(EngineSpec("model", interface=Interface.ASYNC_LLM), mock.MagicMock())
+    load.prepared(server).requests = [Request({}) for _ in range(3)]
+    found = asyncio.run(load.one_at_a_time(server))
+    assert found.with_embedding == 3
+    assert all(0.05 <= seconds < 0.14 for seconds in found.first_token), "the time of a request before it counts"
+    assert all(0.02 <= seconds < 0.1 for seconds in found.between_tokens)
+    assert all(0.1 <= seconds < 0.19 for seconds in found.end_to_end)
