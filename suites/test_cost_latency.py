@@ -11,7 +11,7 @@ import pytest
 from harness import load
 from harness.engine import Arm, Engine, Interface
 from harness.load import Workload
-from harness.pytest_plugin.benchmarks import Cost, Rounds
+from harness.pytest_plugin.benchmarks import Cost, Rounds, on_gpu
 from harness.verdict import Ratio, pooled_ratio
 
 pytestmark = [pytest.mark.suite("cost"), pytest.mark.clause("C14"), pytest.mark.once]
@@ -38,9 +38,7 @@ def test_latency_under_poisson_arrivals(
     arms = cost.arms(Interface.ASYNC_LLM)
     work = cost.scaled(load.PROCESSED)
     warm_up(arms, cost, work)
-    reference = arms[Arm.ABSENT]
-    reference.call(load.prepare, cost.subject.spec, work, 1010)
-    rate = LOAD * reference.call(load.saturate)
+    rate = LOAD * capacity(arms[Arm.ABSENT], cost, work)
     record_property("requests/s", round(rate, 2))
     rounds: Rounds[load.Latencies] = Rounds(
         arms,
@@ -64,6 +62,15 @@ def test_latency_of_requests_one_at_a_time(
     )
     cost.run(rounds, benchmark, "latency")
     judge(cost, rounds, work, benchmark, record_property)
+
+
+def capacity(engine: Engine, cost: Cost, work: Workload) -> float:
+    """Requests a second, the best of a few rounds: whatever disturbs the machine in one of them makes it less."""
+    rates = []
+    for number in range(3 if on_gpu() else 1):
+        engine.call(load.prepare, cost.subject.spec, work, 1010 + number)
+        rates.append(engine.call(load.saturate))
+    return max(rates)
 
 
 def warm_up(arms: Mapping[str, Engine], cost: Cost, work: Workload) -> None:
