@@ -172,13 +172,12 @@ class Arena:
         """Gives back what is empty `retain_seconds` after the last use, up to one segment.
 
         Returns:
-            Whether there is more to come.
+            Whether there may be more to come.
         """
-        empty = sorted(self._empty(), key=lambda segment: segment.nbytes)
-        others = empty if empty and empty[0].nbytes > self._segment_bytes else empty[1:]
         if time.monotonic() < self._last_use + self._retain_seconds:
-            return bool(others)
-        for segment in others:
+            return bool(self._segments)
+        empty = sorted(self._empty(), key=lambda segment: segment.nbytes)
+        for segment in empty if empty and empty[0].nbytes > self._segment_bytes else empty[1:]:
             self._give_back(segment)
         return False
 

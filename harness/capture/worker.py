@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +36,7 @@ class WorkerCapture:
         An item that is not there, or has another shape than planned, is stamped as failed: its requests end with an
         error. Raising would hide the encoder's own error, which is the likely reason.
         """
-        if not plan.copies or not _is_first_rank():
+        if not plan.copies or not self._is_first_rank:
             return
         writer = self._writer(plan.owner)
         copies: list[tuple[Block, Tensor]] = []
@@ -52,11 +53,15 @@ class WorkerCapture:
 
         Prepares new segments too: before the encoder runs, so that they are ready when its output is copied.
         """
-        if plan.prepare and _is_first_rank():
+        if plan.prepare and self._is_first_rank:
             self._writer(plan.owner).prepare(plan.prepare)
         for item, block in plan.loads:
             shape = (item.num_rows, item.width)
             encoder_cache[item.identifier] = self._writer(plan.owner).fetch(block, shape, getattr(torch, item.dtype))
+
+    @functools.cached_property
+    def _is_first_rank(self) -> bool:
+        return get_tensor_model_parallel_rank() == 0 and get_pcp_group().rank_in_group == 0
 
     def _writer(self, owner: Address) -> Writer:
         if owner not in self._writers:
@@ -87,8 +92,5 @@ def _rows(item: Item, output: Tensor | None, whole: bool) -> Tensor | None:
         # Levels are asked for and this item has none (audio beside images, an image given as its embeddings): zeros,
         # which is what the language model adds there.
         output = torch.nn.functional.pad(output, (0, item.width - width))
-    return output[:, : item.width].to(getattr(torch, item.dtype))
-
-
-def _is_first_rank() -> bool:
-    return get_tensor_model_parallel_rank() == 0 and get_pcp_group().rank_in_group == 0
+    rows, dtype = output[:, : item.width], getattr(torch, item.dtype)
+    return rows if rows.dtype == dtype else rows.to(dtype)

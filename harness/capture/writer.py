@@ -96,6 +96,7 @@ class _CudaCopier:
         # Of its own: it waits for the device, and registering must not wait behind it.
         self._dropping = ThreadPoolExecutor(1, "mm-embedding-dropped", initializer=self._use_device)
         self._registered: dict[int, Future[None]] = {}  # by address
+        self._ready: set[int] = set()  # those of them that were waited for
 
     def _use_device(self) -> None:
         torch.cuda.set_device(self._device)
@@ -105,6 +106,7 @@ class _CudaCopier:
         self._registered[pages.data_ptr()] = self._registering.submit(_register, pages)
 
     def detach(self, pages: Tensor) -> None:
+        self._ready.discard(pages.data_ptr())
         self._dropping.submit(self._unregister, self._registered.pop(pages.data_ptr()), pages)
 
     def _unregister(self, registered: Future[None], pages: Tensor) -> None:
@@ -114,14 +116,13 @@ class _CudaCopier:
 
     def copy(self, batch: Sequence[_Copy]) -> None:
         # vLLM calls between the encoder and the language model, whose kernels wait for this thread: the driver is
-        # called directly, because torch takes five operations for the same, of which two run on the device.
-        sources = [None if copy.source is None else copy.source.to(self._device, non_blocking=True) for copy in batch]
+        # called directly, because torch takes five operations for the same, of which two run on the device; and what
+        # is in place already is not asked to go there.
+        sources = [copy.source if copy.source is None else self._there(copy.source) for copy in batch]
         self._after(torch.cuda.current_stream(self._device))
         stream = self._stream.cuda_stream
         for (pages, block, stamp, _), source in zip(batch, sources, strict=True):
-            address = pages.data_ptr()
-            self._registered[address].result()
-            header = address + block.offset
+            header = self._address(pages) + block.offset
             if source is not None and source.nbytes:
                 source.record_stream(self._stream)
                 self._driver.copy_to_host(header + HEADER_BYTES, source.data_ptr(), source.nbytes, stream)
@@ -133,12 +134,22 @@ class _CudaCopier:
                     value = torch.full((1,), stamp, dtype=torch.int64, device=self._device)
                 self._driver.copy_to_host(header, value.data_ptr(), WORD, stream)
 
+    def _there(self, source: Tensor) -> Tensor:
+        return source if source.device == self._device else source.to(self._device, non_blocking=True)
+
+    def _address(self, pages: Tensor) -> int:
+        address = pages.data_ptr()
+        if address not in self._ready:
+            self._registered[address].result()
+            self._ready.add(address)
+        return address
+
     def _after(self, stream: torch.cuda.Stream) -> None:
         self._fence.record(stream)  # the same one each time: `wait_stream` makes one and ends it
         self._stream.wait_event(self._fence)
 
     def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
-        self._registered[pages.data_ptr()].result()
+        self._address(pages)
         found = data.to(self._device, non_blocking=True)
         self._after(torch.cuda.current_stream(self._device))  # for `_unregister`, which waits for the stream
         return found
@@ -205,7 +216,8 @@ def _driver() -> _Driver:
     return _Driver()
 
 
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 5.0
+"""How often the thread looks: for hundreds of segments that takes the interpreter from the step for a millisecond."""
 
 
 class Writer:
@@ -251,7 +263,7 @@ class Writer:
             for block, tensor in copies:
                 if tensor.nbytes != block.nbytes:
                     raise ValueError(f"a tensor of {tensor.nbytes} bytes does not fill a block of {block.nbytes}")
-                batch += self._stamped(block, block.generation, tensor.detach().contiguous())
+                batch += self._stamped(block, block.generation, tensor.contiguous())
             self._copier.copy(batch)
 
     def fetch(self, block: Block, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
