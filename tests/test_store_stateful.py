@@ -4,6 +4,7 @@ The model does not know what the store caches and evicts. It does not have to: w
 whether a request gets room depends on what is held; and every capture between two resets has the same bytes.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from harness.capture import arena, reader
 from harness.capture.arena import Arena
 from harness.capture.reader import read
-from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, NotDispatched
+from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, Loan, NotDispatched
 from harness.capture.transport import Block, BlockGone, CaptureFailed, TransportTimeout, footprint
 from harness.capture.writer import Writer
 
@@ -87,6 +88,7 @@ class Written:
 class StoreMachine(RuleBasedStateMachine):
     requests = Bundle("requests")
     readings = Bundle("readings")
+    lendings = Bundle("lendings")
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,6 +103,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.held: set[Copy] = set()
         self.all_requests: list[Request] = []
         self.all_readings: list[Reading] = []
+        self.all_loans: dict[Loan, Copy] = {}
         self.written: dict[int, Written] = {}  # by generation
         self.captured: dict[str, int] = {}  # name: generation of its last block since the reset
         self.queue: list[Block] = []
@@ -120,8 +123,8 @@ class StoreMachine(RuleBasedStateMachine):
     def bytes_held(self) -> int:
         return sum(footprint(item_of(copy.name).nbytes) for copy in self.held)
 
-    def let_go(self, request: Request, holder: object) -> None:
-        for copy in request.copies.values():
+    def let_go(self, copies: Iterable[Copy], holder: object) -> None:
+        for copy in copies:
             copy.holders.discard(holder)
             if not copy.holders:
                 self.held.discard(copy)
@@ -132,7 +135,7 @@ class StoreMachine(RuleBasedStateMachine):
         for reading in self.all_readings:
             if reading.alive and (reading.done or reading.deadline <= self.now):
                 reading.alive = False
-                self.let_go(reading.request, reading)
+                self.let_go(reading.request.copies.values(), reading)
 
     def has_failed(self, copy: Copy) -> bool:
         return copy.generation is not None and self.written[copy.generation].state == "failed"
@@ -224,7 +227,7 @@ class StoreMachine(RuleBasedStateMachine):
         reading = Reading(handle, request, self.now + LEASE_SECONDS)
         for copy in request.copies.values():
             copy.holders.add(reading)
-        self.let_go(request, request)
+        self.let_go(request.copies.values(), request)
         request.holds = False
         self.all_readings.append(reading)
         return reading
@@ -234,19 +237,49 @@ class StoreMachine(RuleBasedStateMachine):
         assert generation is not None
         return generation
 
+    @rule(target=lendings, request=requests)
+    def lend(self, request: Request) -> Any:
+        """An item that was asked for once: held, cached, evicted or never captured."""
+        name = request.names[-1]
+        copy, loan = self.shared.get(name), self.store.lend(item_of(name))
+        if copy is not None:
+            there = copy.generation is not None and self.written[copy.generation].state == "written"
+            assert (loan is not None) == there
+        if loan is None:
+            return multiple()
+        if copy is None:  # it was cached
+            copy = Copy(name)
+            self.adopt(copy)
+        assert loan.block.generation == copy.generation
+        copy.holders.add(loan)
+        self.held.add(copy)
+        self.shared[name] = copy
+        self.all_loans[loan] = copy
+        return loan
+
+    @rule(loan=consumes(lendings))
+    def load(self, loan: Loan) -> None:
+        """The worker reads the block, steps later, and the store hears of it."""
+        copy = self.all_loans.pop(loan)
+        assert copy.generation is not None
+        rows = self.writer.fetch(loan.block, (loan.item.num_rows, WIDTH), torch.float32)
+        assert torch.equal(rows, rows_of(copy.name, self.written[copy.generation].epoch))
+        self.store.end_loan(loan)
+        self.let_go([copy], loan)
+
     @rule(request=requests)
     def finish_or_abort(self, request: Request) -> None:
         self.store.release(request.request_id)
         if request.holds:
             request.holds = False
-            self.let_go(request, request)
+            self.let_go(request.copies.values(), request)
 
     @rule(reading=readings)
     def cancel(self, reading: Reading) -> None:
         self.store.cancel(reading.handle)
         if reading.alive:
             reading.alive = False
-            self.let_go(reading.request, reading)
+            self.let_go(reading.request.copies.values(), reading)
 
     @rule()
     def reap(self) -> None:
@@ -274,6 +307,12 @@ class StoreMachine(RuleBasedStateMachine):
             written = self.written[block.generation]
             self.writer.write(block, rows_of(written.name, written.epoch))
             written.state = "written"
+
+    @rule(request=requests)
+    def capture(self, request: Request) -> None:
+        """A step that nothing disturbs."""
+        self.dispatch(request=request, whole=True)
+        self.work(count=len(self.queue))
 
     @rule()
     def fail(self) -> None:
@@ -343,6 +382,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.release(request.request_id)
         for reading in self.all_readings:
             reader.discard(reading.handle)
+        for loan in self.all_loans:
+            self.store.end_loan(loan)
         self.store.reap()
         stats = self.store.stats()
         assert stats.held_bytes == stats.cached_bytes
@@ -353,5 +394,5 @@ class StoreMachine(RuleBasedStateMachine):
         assert stats.mapped_bytes <= 4096
 
 
-StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=500, stateful_step_count=50, deadline=None)
 TestStore = StoreMachine.TestCase
