@@ -178,8 +178,9 @@ def test_an_evicted_item_is_loaded_instead_of_encoded_where_that_is_asked_for(su
     truth_rows = [rows(subject, engine, item) for item in media]
     levels = {"return_mm_embedding_levels": True}
     request = subject.request("again", media[0], "and", media[1], extra_args=levels, **params)
-    # The truth comes from what was encoded in the same step of the same engine: on a GPU the last bits of a row depend
-    # on what is encoded beside it, and those of an answer on how much of its prompt was computed before.
+    # The truth is answered from the encoder cache, from the rows that were captured, and with no token computed before:
+    # on a GPU the last bits of rows depend on what is encoded beside them, and an answer's on how much is computed.
+    engine.call(reset_prefix_cache)
     [[truth]], trace = run(engine, request)
     assert sum(trace.encoded) == 0, "the truth was encoded again"
     assert engine.call(capture_stats)["reused"] == 0, "the truth was loaded"

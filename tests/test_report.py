@@ -89,10 +89,19 @@ def test_a_benchmark_is_a_row_with_its_arms_and_its_verdict() -> None:
     )
 
 
-def test_of_latencies_the_99th_percentile_is_shown() -> None:
+def test_a_ratio_without_a_gate_has_no_verdict_of_another() -> None:
+    other = {name.replace("capturing", "idle"): value for name, value in RATIO.items()}
+    table = readme.cost_table(
+        results(benchmark("test_x[llava]", {**other, **RATIO, "capturing/absent verdict": "pass"}))
+    )
+    assert "| no gate<br>pass |" in table
+
+
+def test_of_latencies_the_median_and_the_99th_percentile_are_shown() -> None:
     numbers = {f"{arm} first_token p{n} ms": float(n) for arm in ("absent", "idle") for n in (50, 90, 99)}
     table = readme.cost_table(results(benchmark("test_latency[llava]", numbers)))
-    assert "| latency | first token p99 ms: absent 99.0, idle 99.0 |" in table
+    shown = [f"first token p{n} ms: absent {n}.0, idle {n}.0" for n in (50, 99)]
+    assert f"| latency | {'<br>'.join(shown)} |" in table
 
 
 @pytest.mark.parametrize(

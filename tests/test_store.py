@@ -194,6 +194,36 @@ def test_a_lease_keeps_its_blocks_until_it_is_done(make_engine: Callable[..., En
     assert engine.store.acquire("2", [item("b")]), "acquire reaps by itself"
 
 
+def test_acquire_looks_for_done_leases_only_where_it_needs_their_room(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.capture.store._REAP_SECONDS", 60.0)
+    engine = make_engine(2 * BLOCK, cache_bytes=0)
+    engine.store.acquire("1", [item("a")])
+    engine.step("1")
+    read(engine.store.deliver("1"))
+    assert engine.store.acquire("2", [item("b")])
+    assert engine.store.stats().leases == 1, "it took time from the step for nothing"
+    assert engine.store.acquire("3", [item("c")])
+    assert engine.store.stats().leases == 0
+
+
+def test_acquire_looks_for_done_leases_before_it_takes_memory_beyond_the_cap(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.capture.store._REAP_SECONDS", 60.0)
+    engine = make_engine(2 * SEGMENT, cache_bytes=0)
+    for name in "abcdefgh":  # four to a segment
+        engine.store.acquire(name, [item(name)])
+    for name in "degh":
+        engine.store.release(name)
+    for name in "abc":
+        engine.step(name)
+        read(engine.store.deliver(name))
+    assert engine.store.acquire("r", [item("long", 21)]), "there is room, in pieces"
+    assert engine.store.stats().mapped_bytes == 2 * SEGMENT
+
+
 def test_a_lease_that_is_never_read_expires(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(BLOCK, lease_seconds=0.05)
     engine.store.acquire("1", [item("a")])

@@ -151,10 +151,10 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(ItemTooLarge):
                 self.store.acquire(request_id, items)
             return multiple()
-        usable, there_is_room = self.find(names)
+        usable, there_is_room = self.sharing_and_room(names)
         if not there_is_room:  # the store looks whether a lease has ended when it has to
             self.notice_ends()
-            usable, there_is_room = self.find(names)
+            usable, there_is_room = self.sharing_and_room(names)
         assert self.store.acquire(request_id, items) == there_is_room
         if not there_is_room:
             assert not self.store.holds(request_id)
@@ -173,7 +173,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.notice_ends()  # there was room, but in pieces
         return request
 
-    def find(self, names: list[str]) -> tuple[dict[str, Copy], bool]:
+    def sharing_and_room(self, names: list[str]) -> tuple[dict[str, Copy], bool]:
         """The copies that a request can share, and whether there is room for the others."""
         usable = {name: self.shared[name] for name in names if name in self.shared}
         usable = {name: copy for name, copy in usable.items() if not self.has_failed(copy)}

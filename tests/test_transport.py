@@ -266,7 +266,7 @@ def test_read_returns_the_spans_in_order(arena: Arena, dtype: str, device: str) 
 def test_a_stamp_follows_all_of_its_data(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device, _, without = device.partition(" ")
     if without:
-        monkeypatch.setattr("harness.capture.writer._attribute", lambda _number, _device: 0)
+        monkeypatch.setattr("harness.capture.writer._Driver.attribute", lambda _self, _number, _device: 0)
     arena = Arena(256 << 20)
     writer = Writer(arena.address, device)
     rows = make_rows(1, 1 << 16)  # 8 MiB: on a GPU the copy is under way when the reader begins to look

@@ -19,8 +19,8 @@ from harness.capture.arena import Arena
 from harness.capture.transport import Block, Lease, SegmentId, Span, TransportError, footprint
 
 _REAP_SECONDS = 0.1
-"""How often the thread looks. While it does, the engine's step waits for the interpreter; and `acquire`, which may need
-the memory, looks for itself."""
+"""How often the thread looks. While it does, the engine's step waits for the interpreter; and `acquire` looks itself
+where it needs the memory."""
 
 
 class ItemTooLarge(TransportError):  # noqa: N818 - the state that it reports
@@ -288,7 +288,7 @@ class EmbeddingStore:
         room = self._arena.capacity_bytes - self._arena.held_bytes + self._cached_bytes
         for item, size in sizes.items():
             if (entry := self._index.get(item)) is None or not entry.holders:
-                room -= size  # here and held by nobody: it cannot be evicted for the others
+                room -= size  # missing: it needs room; held by nobody: it stays, and makes none
         return room >= 0
 
     def _entry(self, request_id: str, item: Item) -> _Entry:
@@ -302,7 +302,7 @@ class EmbeddingStore:
         """A block; acquire() made sure that there is room once the cache is empty."""
         if (block := self._arena.allocate(nbytes)) is not None:
             return block
-        self._reap()
+        self._reap()  # before the cache is emptied, or the arena grows beyond its cap for want of a large piece
         while (block := self._arena.allocate(nbytes)) is None:
             if not self._cached:
                 block = self._arena.allocate(nbytes, fragmented=True)

@@ -116,13 +116,12 @@ class _CudaCopier:
 
     def copy(self, batch: Sequence[_Copy]) -> None:
         # vLLM calls between the encoder and the language model, whose kernels wait for this thread: the driver is
-        # called directly, because torch takes five operations for the same, of which two run on the device; and what
-        # is in place already is not asked to go there.
-        sources = [copy.source if copy.source is None else self._there(copy.source) for copy in batch]
+        # called directly, because torch takes five operations for the same, of which two run on the device.
+        headers = [self._registered_address(copy.pages) + copy.block.offset for copy in batch]
+        sources = [copy.source if copy.source is None else self._on_device(copy.source) for copy in batch]
         self._after(torch.cuda.current_stream(self._device))
         stream = self._stream.cuda_stream
-        for (pages, block, stamp, _), source in zip(batch, sources, strict=True):
-            header = self._address(pages) + block.offset
+        for header, source, (_, _, stamp, _) in zip(headers, sources, batch, strict=True):
             if source is not None and source.nbytes:
                 source.record_stream(self._stream)
                 self._driver.copy_to_host(header + HEADER_BYTES, source.data_ptr(), source.nbytes, stream)
@@ -134,10 +133,11 @@ class _CudaCopier:
                     value = torch.full((1,), stamp, dtype=torch.int64, device=self._device)
                 self._driver.copy_to_host(header, value.data_ptr(), WORD, stream)
 
-    def _there(self, source: Tensor) -> Tensor:
+    def _on_device(self, source: Tensor) -> Tensor:
+        # `to` takes as long as a call of the driver where there is nothing to do.
         return source if source.device == self._device else source.to(self._device, non_blocking=True)
 
-    def _address(self, pages: Tensor) -> int:
+    def _registered_address(self, pages: Tensor) -> int:
         address = pages.data_ptr()
         if address not in self._ready:
             self._registered[address].result()
@@ -149,7 +149,7 @@ class _CudaCopier:
         self._stream.wait_event(self._fence)
 
     def fetch(self, pages: Tensor, data: Tensor) -> Tensor:
-        self._address(pages)
+        self._registered_address(pages)
         found = data.to(self._device, non_blocking=True)
         self._after(torch.cuda.current_stream(self._device))  # for `_unregister`, which waits for the stream
         return found
@@ -202,7 +202,7 @@ class _Driver:
 
     def _function(self, name: str, *arguments: Any) -> Any:
         function = getattr(self._library, name)
-        function.argtypes, function.errcheck = arguments, self._check  # numbers, of which it makes no objects here
+        function.argtypes, function.errcheck = arguments, self._check  # with types, callers pass numbers
         return function
 
     @staticmethod

@@ -199,7 +199,7 @@ def _measured(record: TestRecord, ratios: Sequence[str]) -> list[str]:
     numbers = {
         name: value
         for name, value in record.numbers.items()
-        if isinstance(value, int | float) and name not in derived and not re.search(r" p(?!99)\d+ ms$", name)
+        if isinstance(value, int | float) and name not in derived and not re.search(r" p(?!50|99)\d+ ms$", name)
     }
     arms = [f"{arm} " for arm in Arm]
     measures = dict.fromkeys(name.partition(" ")[2] for name in numbers if name.startswith(tuple(arms)))
@@ -213,9 +213,10 @@ def _measured(record: TestRecord, ratios: Sequence[str]) -> list[str]:
 
 
 def _verdicts(record: TestRecord, ratios: Sequence[str]) -> list[str]:
-    """One a ratio where there is a gate and a machine to judge on; else one of the test."""
-    if judged := [str(record.numbers[key]) for name in ratios if (key := f"{name} verdict") in record.numbers]:
-        return judged
+    """One a ratio where one of them has a gate and there is a machine to judge on; else one of the test."""
+    verdicts = [record.numbers.get(f"{name} verdict") for name in ratios]
+    if any(verdicts):
+        return ["no gate" if verdict is None else str(verdict) for verdict in verdicts]
     if "verdict" in record.numbers:
         return [str(record.numbers["verdict"])]
     if record.outcome == "skipped":
