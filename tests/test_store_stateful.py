@@ -151,10 +151,11 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(ItemTooLarge):
                 self.store.acquire(request_id, items)
             return multiple()
-        usable, there_is_room = self.sharing_and_room(names)
-        if not there_is_room:  # the store looks whether a lease has ended when it has to
-            self.notice_ends()
-            usable, there_is_room = self.sharing_and_room(names)
+        self.notice_ends()
+        usable = {name: self.shared[name] for name in names if name in self.shared}
+        usable = {name: copy for name, copy in usable.items() if not self.has_failed(copy)}
+        needed = sum(footprint(item.nbytes) for item in set(items) if item.identifier not in usable)
+        there_is_room = self.bytes_held() + needed <= CAPACITY
         assert self.store.acquire(request_id, items) == there_is_room
         if not there_is_room:
             assert not self.store.holds(request_id)
@@ -169,16 +170,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.held.add(copy)
             self.shared[copy.name] = copy
         self.all_requests.append(request)
-        if self.store.stats().leases < sum(reading.alive for reading in self.all_readings):
-            self.notice_ends()  # there was room, but in pieces
         return request
-
-    def sharing_and_room(self, names: list[str]) -> tuple[dict[str, Copy], bool]:
-        """The copies that a request can share, and whether there is room for the others."""
-        usable = {name: self.shared[name] for name in names if name in self.shared}
-        usable = {name: copy for name, copy in usable.items() if not self.has_failed(copy)}
-        needed = sum(footprint(item_of(name).nbytes) for name in set(names) if name not in usable)
-        return usable, self.bytes_held() + needed <= CAPACITY
 
     @rule()
     def submit_too_large(self) -> None:

@@ -19,8 +19,8 @@ from harness.capture.arena import Arena
 from harness.capture.transport import Block, Lease, SegmentId, Span, TransportError, footprint
 
 _REAP_SECONDS = 0.1
-"""How often the thread looks. While it does, the engine's step waits for the interpreter; and `acquire` looks itself
-where it needs the memory."""
+"""How often the thread looks. While it does, the engine's step waits for the interpreter; and `acquire`, which may need
+the memory, looks for itself."""
 
 
 class ItemTooLarge(TransportError):  # noqa: N818 - the state that it reports
@@ -130,13 +130,12 @@ class EmbeddingStore:
                     f"the embeddings of request {request_id} take {total} bytes, more than the capture's cap of "
                     f"{self._arena.capacity_bytes} bytes: raise the cap or send fewer items"
                 )
+            self._reap()
             for item in sizes:
                 self._forget_if_failed(item)
             if not self._fits(sizes):
-                self._reap()  # not before it is needed: the GPU may be waiting for this step
-                if not self._fits(sizes):
-                    self._waits += 1
-                    return False
+                self._waits += 1
+                return False
             found = [entry for item in sizes if (entry := self._index.get(item)) is not None]
             missing = [item for item in sizes if item not in self._index]
             self._hits += len(found)
@@ -300,9 +299,6 @@ class EmbeddingStore:
 
     def _allocate(self, nbytes: int) -> Block:
         """A block; acquire() made sure that there is room once the cache is empty."""
-        if (block := self._arena.allocate(nbytes)) is not None:
-            return block
-        self._reap()  # before the cache is emptied, or the arena grows beyond its cap for want of a large piece
         while (block := self._arena.allocate(nbytes)) is None:
             if not self._cached:
                 block = self._arena.allocate(nbytes, fragmented=True)
