@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from harness import load
 from harness.engine import Arm, Engine, Interface
 from harness.load import Workload
-from harness.pytest_plugin.benchmarks import Cost, Rounds, on_gpu
+from harness.pytest_plugin.benchmarks import Cost, Rounds, on_gpu, rounds_of
 from harness.verdict import Ratio, median_ratio, pooled_ratio
 
 pytestmark = [pytest.mark.suite("cost"), pytest.mark.clause("C14"), pytest.mark.once]
@@ -37,49 +37,30 @@ def test_latency_under_poisson_arrivals(
 ) -> None:
     arms = cost.arms(Interface.ASYNC_LLM)
     work = cost.scaled(load.PROCESSED)
-    warm_up(arms, cost, work)
-    rate = LOAD * capacity(arms[Arm.ABSENT], cost, work)
+    for number, engine in enumerate(arms.values()):
+        saturated(engine, cost, work, 1000 + number)  # warms it up
+    # The best of a few: whatever disturbs the machine in one of them makes it less.
+    capacity = max(saturated(arms[Arm.ABSENT], cost, work, 1010 + number) for number in range(3 if on_gpu() else 1))
+    rate = LOAD * capacity
     record_property("requests/s", round(rate, 2))
-    rounds: Rounds[load.Latencies] = Rounds(
-        arms,
-        lambda engine, number: engine.call(load.prepare, cost.subject.spec, work, number),
-        lambda engine, _number: engine.call(load.arrive, rate, TRACE),
-    )
-    cost.run(rounds, benchmark, "latency")
-    judge(cost, rounds, work, 99, benchmark, record_property)
+    measure(cost, rounds_of(cost, arms, work, load.arrive, rate, TRACE), work, 99, benchmark, record_property)
 
 
 def test_latency_of_requests_one_at_a_time(
     cost: Cost, benchmark: Any, record_property: Callable[[str, object], None]
 ) -> None:
-    arms = cost.arms(Interface.ASYNC_LLM)
     work = cost.scaled(load.ALONE)
-    warm_up(arms, cost, work)
-    rounds: Rounds[load.Latencies] = Rounds(
-        arms,
-        lambda engine, number: engine.call(load.prepare, cost.subject.spec, work, number),
-        lambda engine, _number: engine.call(load.one_at_a_time),
-    )
-    cost.run(rounds, benchmark, "latency")
-    judge(cost, rounds, work, 50, benchmark, record_property)
+    rounds = rounds_of(cost, cost.arms(Interface.ASYNC_LLM), work, load.one_at_a_time)
+    measure(cost, rounds, work, 50, benchmark, record_property)
 
 
-def capacity(engine: Engine, cost: Cost, work: Workload) -> float:
-    """Requests a second, the best of a few rounds: whatever disturbs the machine in one of them makes it less."""
-    rates = []
-    for number in range(3 if on_gpu() else 1):
-        engine.call(load.prepare, cost.subject.spec, work, 1010 + number)
-        rates.append(engine.call(load.saturate))
-    return max(rates)
+def saturated(engine: Engine, cost: Cost, work: Workload, number: int) -> float:
+    """Requests a second, when all come at once."""
+    engine.call(load.prepare, cost.subject.spec, work, number)
+    return engine.call(load.saturate)
 
 
-def warm_up(arms: Mapping[str, Engine], cost: Cost, work: Workload) -> None:
-    for number, engine in enumerate(arms.values()):
-        engine.call(load.prepare, cost.subject.spec, work, 1000 + number)
-        engine.call(load.saturate)
-
-
-def judge(
+def measure(
     cost: Cost,
     rounds: Rounds[load.Latencies],
     work: Workload,
@@ -87,7 +68,8 @@ def judge(
     benchmark: Any,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Judges one of the percentiles that have a ratio, and records the others."""
+    """Runs the rounds, judges one of the percentiles that have a ratio, and records the others."""
+    cost.run(rounds, benchmark, "latency")
     gated: dict[str, Ratio] = {}
     others: dict[str, Ratio] = {}
     for name in ("first_token", "between_tokens", "end_to_end"):

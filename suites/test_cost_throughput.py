@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from harness import peers
 from harness.bandwidth import pinned_bandwidth
 from harness.engine import Arm, Engine, Interface
 from harness.load import DISTINCT, REPEATED, WORKLOADS, Workload
-from harness.peers import PEERS
-from harness.pytest_plugin.benchmarks import Cost, offline, on_gpu
+from harness.pytest_plugin.benchmarks import Cost, on_gpu, rounds_of
 from harness.verdict import Ratio, median_ratio
 from suites.test_contract_basics import capture_stats
 
@@ -45,7 +45,7 @@ def test_growth(cost: Cost, axis: str, value: int, benchmark: Any, record_proper
     cost.record(ratios, record_property)
 
 
-@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("peer", peers.PEERS)
 def test_peers(cost: Cost, peer: str, benchmark: Any, record_property: Record, pytestconfig: pytest.Config) -> None:
     """What other ways cost; no gate of ours."""
     if not pytestconfig.getoption("--peers"):
@@ -53,7 +53,7 @@ def test_peers(cost: Cost, peer: str, benchmark: Any, record_property: Record, p
     if peer == "ECCPUConnector" and not on_gpu():
         pytest.skip("ECCPUConnector needs vLLM's V2 model runner, which needs a GPU")
     with TemporaryDirectory(dir="/dev/shm") as folder:  # empty: what lies there is loaded and not encoded
-        config = dict(PEERS[peer])
+        config = dict(peers.PEERS[peer])
         if peer == "ECExampleConnector":
             config["ec_connector_extra_config"] = {"shared_storage_path": folder}
         arms = cost.arms(Interface.LLM, [Arm.ABSENT, Arm.CAPTURING], peer=cost.peer(peer, config))
@@ -94,7 +94,7 @@ def measure(
 ) -> dict[str, Ratio]:
     """Runs the rounds, checks what came back, and gives each arm's throughput over that without the plugin."""
     work = cost.scaled(workload)
-    rounds = offline(cost, arms, work)
+    rounds = rounds_of(cost, arms, work, peers.run)
     bandwidth = pinned_bandwidth()  # before the rounds: where it fails, it costs no hour
     cost.run(rounds, benchmark, f"throughput {workload}")
     seconds = {arm: [sample.seconds for sample in samples] for arm, samples in rounds.samples.items()}

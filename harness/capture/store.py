@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -133,11 +133,13 @@ class EmbeddingStore:
             self._reap()
             for item in sizes:
                 self._forget_if_failed(item)
-            if not self._fits(sizes):
-                self._waits += 1
-                return False
             found = [entry for item in sizes if (entry := self._index.get(item)) is not None]
             missing = [item for item in sizes if item not in self._index]
+            evictable = self._cached_bytes - sum(entry.nbytes for entry in found if not entry.holders)
+            needed = sum(sizes[item] for item in missing)
+            if self._arena.held_bytes - evictable + needed > self._arena.capacity_bytes:
+                self._waits += 1
+                return False
             self._hits += len(found)
             self._misses += len(missing)
             for entry in found:
@@ -281,14 +283,6 @@ class EmbeddingStore:
             reaper.join()
 
     # Below: with the lock held.
-
-    def _fits(self, sizes: Mapping[Item, int]) -> bool:
-        """Whether there is room for those of the items that are not here, once what nobody holds is evicted."""
-        room = self._arena.capacity_bytes - self._arena.held_bytes + self._cached_bytes
-        for item, size in sizes.items():
-            if (entry := self._index.get(item)) is None or not entry.holders:
-                room -= size  # missing: it needs room; held by nobody: it stays, and makes none
-        return room >= 0
 
     def _entry(self, request_id: str, item: Item) -> _Entry:
         # Not from the index: after a reset it may have another entry of this item, for later requests.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -215,12 +215,18 @@ class Rounds(Generic[T]):
         self.samples.setdefault(str(name), []).append(self.run(self.arms[name], self._round))
 
 
-def offline(cost: Cost, arms: Mapping[str, Engine], workload: Workload) -> Rounds[load.Sample]:
-    """Rounds of LLM.generate."""
+def rounds_of(
+    cost: Cost,
+    arms: Mapping[str, Engine],
+    workload: Workload,
+    run: Callable[..., Coroutine[Any, Any, T]],
+    *args: Any,
+) -> Rounds[T]:
+    """Rounds of a workload: each engine prepares its requests and then calls `run(server, *args)`."""
     return Rounds(
         arms,
         lambda engine, number: engine.call(load.prepare, cost.subject.spec, workload, number),
-        lambda engine, _number: engine.call(peers.run),
+        lambda engine, _number: engine.call(run, *args),
     )
 
 
