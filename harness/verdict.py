@@ -3,6 +3,10 @@
 A ratio is capturing over absent, of the same round, so that what slows the machine down slows both. Above 1 is better:
 a ratio of latencies is turned round by the caller. Noise widens the interval, which leads to "undecided" and never to
 "fail"; and never to "pass", which needs the interval above the limit.
+
+Two engines that were started alike differ too, for as long as they live (where their memory and their threads came to
+lie). No number of rounds shows that: only starting them again does, and then each start counts as one sample
+(T. Kalibera and R. Jones, "Rigorous benchmarking in reasonable time", ISMM 2013).
 """
 
 from __future__ import annotations
@@ -11,9 +15,12 @@ import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
+
+T = TypeVar("T")
 
 CONFIDENCE = 0.95
 """Of the two-sided intervals."""
@@ -40,17 +47,23 @@ class Gate:
 
 @dataclass(frozen=True)
 class Ratio:
-    """An estimate with its interval at CONFIDENCE; infinite bounds where there are too few rounds for one."""
+    """An estimate with its interval at CONFIDENCE; infinite bounds where there are too few samples for one.
+
+    Attributes:
+        samples: how many it is from.
+        unit: what they are, "rounds" of one start of the engines, or "starts".
+    """
 
     value: float
     low: float
     high: float
-    rounds: int
+    samples: int
+    unit: str = "rounds"
 
     def __str__(self) -> str:
         if not math.isfinite(self.high):
-            return f"{self.value:.4f} ({self.rounds} rounds, too few for an interval)"
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] ({self.rounds} rounds)"
+            return f"{self.value:.4f} ({self.samples} {self.unit}, too few for an interval)"
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] ({self.samples} {self.unit})"
 
 
 class Verdict(enum.StrEnum):
@@ -63,15 +76,16 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict and, where it is undecided, how many rounds more would decide it in four of five cases, if the truth is
-    what was found so far."""
+    """A verdict and, where it is undecided, how many samples more (of the ratio's unit) would decide it in four of five
+    cases, if the truth is what was found so far."""
 
     verdict: Verdict
-    more_rounds: int = 0
+    more: int = 0
+    unit: str = "rounds"
 
     def __str__(self) -> str:
         if self.verdict is Verdict.UNDECIDED:
-            return f"undecided: needs about {self.more_rounds} more rounds"
+            return f"undecided: needs about {self.more} more {self.unit}"
         return self.verdict.value
 
 
@@ -132,25 +146,51 @@ FEWEST = 6
 """Rounds for an interval at 95 %: the exact one of a median needs as many."""
 
 
+def over_starts(
+    starts: Sequence[int],
+    estimate: Callable[[Sequence[T], Sequence[T]], Ratio],
+    ours: Sequence[T],
+    theirs: Sequence[T],
+) -> Ratio:
+    """The ratio, where the engines may have been started several times; of one start it is `estimate`'s.
+
+    Of several it is the geometric mean of the starts' ratios, with Student's interval of their logarithms (scipy's).
+
+    Args:
+        starts: of each round, which start of the engines ran it.
+        estimate: the ratio from the rounds of one start.
+        ours: samples, one a round.
+        theirs: as many, of the arm that ours are compared with.
+    """
+    rounds = [[index for index, start in enumerate(starts) if start == wanted] for wanted in sorted(set(starts))]
+    ratios = [estimate([ours[i] for i in of], [theirs[i] for i in of]) for of in rounds]
+    if len(ratios) == 1:
+        return ratios[0]
+    logarithms = np.log([ratio.value for ratio in ratios])
+    interval = stats.ttest_1samp(logarithms, 0.0).confidence_interval(CONFIDENCE)
+    low, high = (float(np.exp(bound)) for bound in (interval.low, interval.high))
+    return Ratio(float(np.exp(np.mean(logarithms))), low, high, len(ratios), "starts")
+
+
 _FOUR_OF_FIVE = ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / stats.norm.ppf(0.975)) ** 2
 
 
 def judge(ratio: Ratio, gate: Gate) -> Judgement:
     """Pass: the ratio reaches the goal and its interval lies above the limit. Fail: all of it lies below the goal."""
-    if ratio.rounds < FEWEST or not math.isfinite(ratio.high):
-        return Judgement(Verdict.UNDECIDED, max(1, FEWEST - ratio.rounds))
+    if not math.isfinite(ratio.high):
+        return Judgement(Verdict.UNDECIDED, max(1, FEWEST - ratio.samples), ratio.unit)
     if ratio.high < gate.goal:
         return Judgement(Verdict.FAIL)
     if ratio.value >= gate.goal and ratio.low > gate.limit:
         return Judgement(Verdict.PASS)
-    # An interval narrows with the square root of the rounds. It has to leave the limit or, below the goal, the goal.
+    # An interval narrows with the square root of the samples. It has to leave the limit or, below the goal, the goal.
     if ratio.value >= gate.goal:
         width, room = ratio.value - ratio.low, ratio.value - gate.limit
     else:
         width, room = ratio.high - ratio.value, gate.goal - ratio.value
-    # Where it would just touch it, every second session of as many rounds decides.
-    needed = _FOUR_OF_FIVE * ratio.rounds * (width / max(room, 1e-4)) ** 2
-    return Judgement(Verdict.UNDECIDED, max(1, math.ceil(needed) - ratio.rounds))
+    # Where it would just touch it, every second session of as many samples decides.
+    needed = _FOUR_OF_FIVE * ratio.samples * (width / max(room, 1e-4)) ** 2
+    return Judgement(Verdict.UNDECIDED, max(1, math.ceil(needed) - ratio.samples), ratio.unit)
 
 
 def _positive(values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from harness import load
 from harness.engine import Arm, Engine, Interface
 from harness.load import Workload
 from harness.pytest_plugin.benchmarks import Cost, Rounds, on_gpu, rounds_of
-from harness.verdict import Ratio, median_ratio, pooled_ratio
+from harness.verdict import Ratio, median_ratio, over_starts, pooled_ratio
 
 pytestmark = [pytest.mark.suite("cost"), pytest.mark.clause("C14"), pytest.mark.once]
 
@@ -80,7 +81,7 @@ def measure(
                 value = percentile(number)(np.concatenate(ours))
                 record_property(f"{arm} {name} p{number} ms", round(1000 * value, 2))
             if arm != Arm.ABSENT:
-                for number, ratio in ratios(samples[Arm.ABSENT], ours).items():
+                for number, ratio in ratios(rounds.starts, samples[Arm.ABSENT], ours).items():
                     (gated if number == judged else others)[f"absent/{arm} {name} p{number}"] = ratio
     for arm, found in rounds.samples.items():
         expected = work.requests if arm == Arm.CAPTURING else 0
@@ -89,7 +90,10 @@ def measure(
     cost.judge("latency", gated, record_property)
 
 
-def ratios(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> dict[int, Ratio]:
+def ratios(
+    starts: Sequence[int], theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]
+) -> dict[int, Ratio]:
     """Of the median, which each round has one of, and of the 99th percentile, for which a round has too few samples."""
     medians = [[float(np.median(samples)) for samples in each] for each in (theirs, ours)]
-    return {50: median_ratio(*medians), 99: pooled_ratio(theirs, ours, percentile(99))}
+    pooled = functools.partial(pooled_ratio, statistic=percentile(99))
+    return {50: over_starts(starts, median_ratio, *medians), 99: over_starts(starts, pooled, theirs, ours)}

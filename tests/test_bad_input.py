@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -129,6 +130,7 @@ def test_results_that_could_not_be_written_later(
     ("options", "sentence"),
     [
         (["--rounds=0"], "--rounds: 0 must be 1 or more"),
+        (["--starts=0"], "--starts: 0 must be 1 or more"),
         (["--seconds=0"], "--seconds: 0.0 must be a finite number above 0"),
         (["--seconds=nan"], "--seconds: nan must be a finite number above 0"),
         (["--seconds=60", "--rounds=12"], "--seconds and --rounds both say how long a benchmark runs: give one"),
@@ -205,21 +207,38 @@ def test_an_unknown_recipe_or_dtype(tmp_path: Path, recipe: str, dtype: str, sen
     assert not (tmp_path / "new").exists()
 
 
-def test_a_dead_engine_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class FakeEngine:
-        usable = True
+class FakeEngine:
+    usable = True
+    alive = True
 
-        def __init__(self, *_args: object) -> None:
-            pass
+    def __init__(self, spec: EngineSpec, *_args: object) -> None:
+        self.spec = spec
 
-        def wait(self) -> None:
-            pass
+    def wait(self) -> None:
+        pass
 
-        def shutdown(self) -> None:
-            pass
+    def shutdown(self) -> None:
+        self.alive = False
 
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EnginePool:
+    """Of engines that only say that they are there."""
     monkeypatch.setattr(importlib.import_module("harness.pytest_plugin.subject"), "Engine", FakeEngine)
-    pool = EnginePool(tmp_path, lambda _line: None)
+    return EnginePool(tmp_path, lambda _line: None)
+
+
+def test_engines_start_again(pool: EnginePool) -> None:
+    specs = [EngineSpec("one"), EngineSpec("another")]
+    old = pool.together(specs)
+    new = pool.again(reversed(old))
+    assert [engine.spec for engine in new] == specs[::-1]
+    assert not any(cast("FakeEngine", engine).alive for engine in old), "an old one is still there"
+    assert all(cast("FakeEngine", engine).alive for engine in new)
+    assert pool.together(specs) == new[::-1], "the next test gets others"
+
+
+def test_a_dead_engine_is_not_shared(pool: EnginePool) -> None:
     engine = pool.get(EngineSpec("model"))
     assert pool.get(EngineSpec("model")) is engine
     engine.usable = False

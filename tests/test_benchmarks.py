@@ -17,7 +17,22 @@ from harness.verdict import Gate, Ratio
 GOOD, BAD, NOISY = Ratio(1.0, 0.99, 1.01, 12), Ratio(0.9, 0.89, 0.91, 12), Ratio(1.0, 0.97, 1.03, 12)
 
 
+class FakePool:
+    """Starts engines again: the same names, with one more prime."""
+
+    def __init__(self) -> None:
+        self.started: list[list[str]] = []
+
+    def again(self, engines: list[Engine]) -> list[Engine]:
+        started = [f"{engine}'" for engine in engines]
+        self.started.append(started)
+        return cast("list[Engine]", started)
+
+
 class FakeSubject:
+    def __init__(self) -> None:
+        self.pool = FakePool()
+
     class spec:  # noqa: N801 -- an attribute of Subject
         gates = {"throughput": Gate(goal=0.99, limit=0.98)}  # noqa: RUF012
 
@@ -68,7 +83,7 @@ def test_arms_take_turns_at_being_the_first() -> None:
     ran: list[tuple[str, int]] = []
     rounds = rounds_of("absent idle capturing", ran)
     rounds.warm_up()
-    assert not rounds.samples, "the round that warms up counts"
+    assert not any(rounds.samples.values()), "the round that warms up counts"
     for _ in range(3):
         rounds.before()
         rounds.timed()
@@ -94,13 +109,14 @@ class FakeBenchmark:
             teardown()
 
 
-def ran_rounds(rounds: Rounds[str], **options: Any) -> int:
+def ran_rounds(rounds: Rounds[str], subject: FakeSubject | None = None, **options: Any) -> int:
     benchmark = FakeBenchmark()
-    Cost(cast("Subject", FakeSubject()), 12, **options).run(rounds, benchmark, "a group")
+    Cost(cast("Subject", subject or FakeSubject()), 12, **options).run(rounds, benchmark, "a group")
     [number] = {len(samples) for samples in rounds.samples.values()}
     assert {arm: len(moments) for arm, moments in benchmark.extra_info["began"].items()} == {
         str(arm): number for arm in rounds.arms
     }, "each round of each arm has the moment when it began"
+    assert len(benchmark.extra_info["starts"]) == number
     return number
 
 
@@ -113,8 +129,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     return time
 
 
-@pytest.mark.parametrize(("seconds", "number"), [(None, 12), (60.0, 6), (15.0, 1), (1.0, 1)])
-def test_seconds_decide_how_many_rounds_there_are(clock: mock.Mock, seconds: float | None, number: int) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "starts", "number"), [(None, 1, 12), (60.0, 1, 6), (15.0, 1, 1), (1.0, 1, 1), (60.0, 3, 3 * 2)]
+)
+def test_seconds_decide_how_many_rounds_there_are(
+    clock: mock.Mock, seconds: float | None, starts: int, number: int
+) -> None:
     rounds = rounds_of("absent capturing", [])
 
     def takes_time(_engine: Engine, number_of_round: int) -> str:
@@ -122,7 +142,23 @@ def test_seconds_decide_how_many_rounds_there_are(clock: mock.Mock, seconds: flo
         return ""
 
     rounds.run = takes_time
-    assert ran_rounds(rounds, seconds=seconds) == number
+    assert ran_rounds(rounds, seconds=seconds, starts=starts) == number
+
+
+def test_engines_start_again_and_warm_up() -> None:
+    ran: list[tuple[str, int]] = []
+    rounds = rounds_of("absent idle capturing", ran)
+    subject = FakeSubject()
+    assert ran_rounds(rounds, subject, starts=3) == 3 * 12
+    assert rounds.starts == [0] * 12 + [1] * 12 + [2] * 12
+    first, second = subject.pool.started
+    assert {*first} == {"absent'", "idle'", "capturing'"}
+    assert first[0].strip("'") != second[0].strip("'"), "the same one starts first each time"
+    # One round more of each start than counts, and its engines run under their arms' names.
+    assert len(ran) == 3 * 3 * 13
+    for arm, samples in rounds.samples.items():
+        assert [sample.split()[0] for sample in samples] == [arm] * 12 + [f"{arm}'"] * 12 + [f"{arm}''"] * 12
+        assert len({sample.split()[1] for sample in samples}) == len(samples)
 
 
 def test_what_ran_before_an_interrupt_counts() -> None:

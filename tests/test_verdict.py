@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from harness.verdict import Gate, Judgement, Ratio, Verdict, judge, median_ratio, pooled_ratio
+from harness.verdict import Gate, Judgement, Ratio, Verdict, judge, median_ratio, over_starts, pooled_ratio
 
 GATE = Gate(goal=0.99, limit=0.98)
 
@@ -66,10 +66,10 @@ def test_the_rounds_that_it_asks_for_mostly_decide(truth: float, share: float) -
         ours, theirs = paired(rng, 12, truth, noise=0.02)
         found = judge(median_ratio(ours, theirs), GATE)
         # Who happens to stand next to goal or limit is told a number that nobody will run.
-        if found.verdict is not Verdict.UNDECIDED or found.more_rounds > 400:
+        if found.verdict is not Verdict.UNDECIDED or found.more > 400:
             continue
-        asked.append(found.more_rounds)
-        more_ours, more_theirs = paired(rng, found.more_rounds, truth, noise=0.02)
+        asked.append(found.more)
+        more_ours, more_theirs = paired(rng, found.more, truth, noise=0.02)
         ratio = median_ratio(np.concatenate([ours, more_ours]), np.concatenate([theirs, more_theirs]))
         decided.append(judge(ratio, GATE).verdict is not Verdict.UNDECIDED)
     assert len(asked) > 30
@@ -142,6 +142,49 @@ def test_rounds_come_in_pairs() -> None:
         median_ratio([1.0, 1.0], [1.0])  # which numpy would broadcast
 
 
+def engines(rng: np.random.Generator, starts: int, rounds: int, truth: float) -> Ratio:
+    """The ratio of engines that each differ by 2 % for as long as they live, from rounds that differ by 0.5 %."""
+    ours, theirs = [], []
+    for _ in range(starts):
+        own = np.exp(0.02 * rng.standard_normal(2))
+        without, with_it = paired(rng, rounds, truth, noise=0.005)
+        ours += list(own[0] * without)
+        theirs += list(own[1] * with_it)
+    return over_starts([start for start in range(starts) for _ in range(rounds)], median_ratio, ours, theirs)
+
+
+def test_the_interval_over_starts_covers_the_truth() -> None:
+    rng = np.random.default_rng(6)
+    ratios = [engines(rng, 6, 8, 1.03) for _ in range(400)]
+    covered = sum(ratio.low <= 1.03 <= ratio.high for ratio in ratios)
+    assert stats.binomtest(covered, 400, 0.95).pvalue > 0.001
+    assert {ratio.samples for ratio in ratios} == {6}
+    assert str(ratios[0]).endswith(" (6 starts)")
+
+
+def test_rounds_do_not_show_how_engines_differ() -> None:
+    """Two that cost the same: of one start of each, many a session is sure of a loss; of six starts hardly one."""
+    rng = np.random.default_rng(7)
+    one, six = ([judge(engines(rng, starts, 40, 1.0), GATE).verdict for _ in range(60)] for starts in (1, 6))
+    assert one.count(Verdict.FAIL) > 12
+    assert six.count(Verdict.FAIL) <= 3
+
+
+def test_one_start_has_the_interval_of_its_rounds() -> None:
+    ours, theirs = paired(np.random.default_rng(8), 12, 1.0, noise=0.01)
+    assert over_starts([0] * 12, median_ratio, list(ours), list(theirs)) == median_ratio(ours, theirs)
+
+
+def test_each_start_counts_the_same_however_many_rounds_it_had() -> None:
+    """The rounds of the last one are fewer where the user interrupts it."""
+    ratio = over_starts([0, 0, 0, 1, 1, 2], median_ratio, [1.0, 1.0, 1.1, 1.21, 1.21, 1.1], [1.0] * 6)
+    assert ratio.value == pytest.approx(1.1)
+    assert ratio.low < 1.0 < 1.21 < ratio.high
+    judged = judge(ratio, GATE)
+    assert judged.unit == "starts"
+    assert str(judged).endswith(f"needs about {judged.more} more starts")
+
+
 # Seconds a round of 64 requests about images of 1024 x 1024 that were processed before: Qwen3-VL-4B's dimensions, vLLM
 # 0.33, eager, one NVIDIA H100 of a shared host, 2026-11-25.
 RECORDED = {
@@ -156,7 +199,7 @@ def test_recorded_rounds_as_noisy_as_these_decide_nothing(name: str) -> None:
     ratio = median_ratio(RECORDED["absent"], RECORDED[name])
     assert ratio.low < GATE.limit < GATE.goal < ratio.high
     assert judge(ratio, GATE).verdict is Verdict.UNDECIDED
-    assert judge(ratio, GATE).more_rounds > 100
+    assert judge(ratio, GATE).more > 100
 
 
 @pytest.mark.parametrize(("slower", "verdict"), [(1.05, Verdict.UNDECIDED), (1.15, Verdict.FAIL)])

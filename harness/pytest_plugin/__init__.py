@@ -61,6 +61,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="how long each benchmark runs, instead of --rounds: as many rounds as fit",
     )
+    group.addoption(
+        "--starts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how often the engines of a benchmark start; two that start alike differ, which more rounds do not show",
+    )
     group.addoption("--peers", action="store_true", help="benchmark other ways to get at embeddings too")
     group.addoption("--golden-store", type=Path, metavar="FOLDER", help="of the goldens of your own checkpoints")
     group.addoption("--golden-update", choices=UPDATE_MODES, help="record goldens")
@@ -78,10 +85,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--results: {results} cannot be written: name a file in a folder that exists")
     if config.getoption("--reference-device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--reference-device: torch finds no GPU here: leave the option out, or give cpu")
-    if (rounds := config.getoption("--rounds")) is not None and rounds < 1:
-        raise pytest.UsageError(f"--rounds: {rounds} must be 1 or more")
+    for option in ("--rounds", "--starts"):
+        if (number := config.getoption(option)) is not None and number < 1:
+            raise pytest.UsageError(f"{option}: {number} must be 1 or more")
     if (seconds := config.getoption("--seconds")) is not None:
-        if rounds is not None:
+        if config.getoption("--rounds") is not None:
             raise pytest.UsageError("--seconds and --rounds both say how long a benchmark runs: give one of them")
         if not 0 < seconds < math.inf:
             raise pytest.UsageError(f"--seconds: {seconds} must be a finite number above 0")

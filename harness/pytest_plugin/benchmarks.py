@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -38,9 +38,10 @@ class Cost:
 
     Attributes:
         subject: the model.
-        rounds: how often each arm runs a workload.
+        rounds: how often each arm runs a workload in each start of the engines.
         chosen: with --arm, the arms beside the two that a ratio needs, absent and capturing.
         seconds: of a benchmark's rounds, which are as many as fit then, and not `rounds`.
+        starts: how often the engines of a benchmark start.
         session: is ended after a benchmark that the user interrupts.
     """
 
@@ -48,6 +49,7 @@ class Cost:
     rounds: int
     chosen: tuple[Arm, ...] = tuple(Arm)
     seconds: float | None = None
+    starts: int = 1
     session: pytest.Session | None = None
 
     def arms(
@@ -105,22 +107,29 @@ class Cost:
         """
         number = self._warm_up(rounds)
         benchmark.group = group
-        benchmark.extra_info["began"] = rounds.began
+        benchmark.extra_info.update(began=rounds.began, starts=rounds.starts)
+
+        def before() -> None:
+            if len(rounds.starts) == number * (rounds.start + 1):
+                rounds.renew(self.subject.pool.again)
+                rounds.warm_up()
+            rounds.before()
+
         try:
-            benchmark.pedantic(rounds.timed, setup=rounds.before, teardown=rounds.after, rounds=number)
+            benchmark.pedantic(rounds.timed, setup=before, teardown=rounds.after, rounds=number * self.starts)
         except KeyboardInterrupt:
             if self.session is None or not rounds.keep_complete():
                 raise
             self.session.shouldstop = "the benchmark's rounds up to then count"
 
     def _warm_up(self, rounds: Rounds[Any]) -> int:
-        """Runs what does not count, and says how many rounds are to follow."""
+        """Runs what does not count, and says how many rounds each start is to run."""
         rounds.warm_up()
         if self.seconds is None:
             return self.rounds
         began = time.monotonic()
         rounds.warm_up()
-        return max(1, int(self.seconds / (time.monotonic() - began)))
+        return max(1, int(self.seconds / self.starts / (time.monotonic() - began)))
 
     def record(self, ratios: Mapping[str, Ratio], record_property: Callable[[str, object], None]) -> None:
         """Records ratios that have no gate."""
@@ -155,18 +164,22 @@ class Rounds(Generic[T]):
     For `benchmark.pedantic`: `before` and `after` are its setup and teardown, `timed` its target, the capturing arm.
 
     Attributes:
-        arms: engines by name; the one that is timed is `Arm.CAPTURING`.
+        arms: engines by name; the one that is timed is `Arm.CAPTURING`. `renew` puts others in their places.
         prepare: puts a round's requests into an engine.
         run: runs them.
         samples: what `run` gave, by arm, one a round.
         began: when, seconds since the epoch. What disturbs the machine shows in all that runs on it then.
+        starts: of each round, which start of the engines ran it.
+        start: the one that runs now, from 0 on.
     """
 
-    arms: Mapping[str, Engine]
+    arms: dict[str, Engine]
     prepare: Callable[[Engine, int], None]
     run: Callable[[Engine, int], T]
     samples: dict[str, list[T]] = field(default_factory=dict)
     began: dict[str, list[float]] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)
+    start: int = 0
     _round: int = 0
 
     def warm_up(self) -> None:
@@ -174,16 +187,26 @@ class Rounds(Generic[T]):
         self.before()
         self.timed()
         self.after()
-        self.samples.clear()
-        self.began.clear()
+        for each in self._kept():
+            del each[-1]
+
+    def renew(self, restart: Callable[[list[Engine]], list[Engine]]) -> None:
+        """Goes on with other engines, which `restart` starts, each time in another order."""
+        self.start += 1
+        names = self._turned(self.start)
+        self.arms.update(zip(names, restart([self.arms[name] for name in names]), strict=True))
 
     def keep_complete(self) -> int:
         """Drops the samples of a round that is not complete; how many are left of each arm."""
         complete = min((len(self.samples.get(name, ())) for name in self.arms), default=0)
-        of_arms: tuple[list[Any], ...] = (*self.samples.values(), *self.began.values())
-        for each in of_arms:
+        for each in self._kept():
             del each[complete:]
         return complete
+
+    def _kept(self) -> Iterator[list[Any]]:
+        yield from self.samples.values()
+        yield from self.began.values()
+        yield self.starts
 
     def before(self) -> None:
         """Prepares a round in all engines and runs the arms that come before the one that is timed."""
@@ -202,11 +225,15 @@ class Rounds(Generic[T]):
         """Runs the others."""
         for name in self._order()[1]:
             self._run(name)
+        self.starts.append(self.start)
+
+    def _turned(self, number: int) -> list[str]:
+        names = list(self.arms)
+        first = number % len(names)
+        return names[first:] + names[:first]
 
     def _order(self) -> tuple[list[str], list[str]]:
-        names = list(self.arms)
-        start = self._round % len(names)
-        names = names[start:] + names[:start]
+        names = self._turned(self._round)
         timed = names.index(Arm.CAPTURING)
         return names[:timed], names[timed + 1 :]
 
@@ -217,7 +244,7 @@ class Rounds(Generic[T]):
 
 def rounds_of(
     cost: Cost,
-    arms: Mapping[str, Engine],
+    arms: dict[str, Engine],
     workload: Workload,
     run: Callable[..., Coroutine[Any, Any, T]],
     *args: Any,
@@ -237,6 +264,7 @@ def cost(subject: Subject, pytestconfig: pytest.Config, request: pytest.FixtureR
     seconds: float | None = pytestconfig.getoption("--seconds")
     every = Arm if on_gpu() else [Arm.ABSENT, Arm.CAPTURING]  # three engines are much for few cores
     chosen = [Arm(arm) for arm in pytestconfig.getoption("--arm") or every]
-    made = Cost(subject, rounds or (12 if on_gpu() else 1), tuple(chosen), seconds, request.session)
+    starts: int = pytestconfig.getoption("--starts")
+    made = Cost(subject, rounds or (12 if on_gpu() else 1), tuple(chosen), seconds, starts, request.session)
     made.needs("image")
     return made

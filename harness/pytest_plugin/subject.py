@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,19 @@ class EnginePool:
                 del self._engines[spec]
                 raise
         return [self._engines[spec] for spec in wanted]
+
+    def again(self, engines: Iterable[Engine]) -> list[Engine]:
+        """Ends these engines and starts others of their specs, in this order, all alive at once and no other.
+
+        Raises:
+            EngineError: one did not start.
+        """
+        old = list(engines)
+        for engine in old:
+            self._engines.pop(engine.spec, None)
+        with ThreadPoolExecutor(len(old)) as ending:
+            list(ending.map(Engine.shutdown, old))
+        return self.together(engine.spec for engine in old)
 
     def shutdown(self) -> None:
         """Ends them all."""
