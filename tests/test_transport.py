@@ -302,12 +302,29 @@ def test_memory_of_large_rows_goes_back_to_the_system() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_slice_of_wider_rows_is_written_as_its_values(arena: Arena, device: str) -> None:
+@pytest.mark.parametrize(
+    "rows_of",
+    [
+        lambda wide: wide[:, :WIDTH],
+        lambda wide: wide[:, 3 : 3 + WIDTH],
+        lambda wide: wide[::2, :WIDTH],
+        lambda wide: wide[:, ::2],
+        lambda wide: wide.T[:WIDTH],
+        lambda wide: wide[:1, :WIDTH].expand(5, -1),
+    ],
+    ids=["main rows", "later columns", "every second row", "every second column", "transposed", "one row, repeated"],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_any_layout_are_written_as_their_values(
+    arena: Arena, rows_of: Callable[[torch.Tensor], torch.Tensor], dtype: str, device: str
+) -> None:
     writer = Writer(arena.address, device)
-    wide = torch.arange(40 * 3, dtype=torch.float32).view(3, 40).to(device)
-    block = allocate(arena, 3 * WIDTH * 4)
-    writer.write(block, wide[:, :WIDTH])
-    assert torch.equal(read(lease_of(arena, block)[1]), wide[:, :WIDTH].cpu())
+    rows = rows_of(torch.arange(48 * 5).view(5, 48).to(device, getattr(torch, dtype)))
+    block = allocate(arena, rows.nbytes)
+    writer.write(block, rows)
+    num_rows, width = rows.shape
+    handle = arena.handle(arena.lease(), [Span(block, num_rows, width, dtype)])
+    assert torch.equal(read(handle), rows.cpu())
     writer.close()
 
 
