@@ -77,7 +77,7 @@ class Workload:
         """The same shape of work for a tiny model on a CPU."""
         return dataclasses.replace(
             self,
-            requests=max(8, self.requests // self.times // 8),
+            requests=min(self.requests, max(8, self.requests // self.times // 8)),
             times=min(self.times, 2),
             items=min(self.items, 2),
             side=max(64, self.side // 8),
@@ -113,7 +113,7 @@ REPEATED = Workload("repeated", requests=4 * 48, again=True, times=4)
 Four times, because the 48 take a third of a second, and how a round begins and ends is the noise of it.
 """
 
-ALONE = Workload("one-at-a-time", requests=16, processed=True)
+ALONE = Workload("one-at-a-time", requests=1, processed=True)
 
 WORKLOADS = (
     DISTINCT,

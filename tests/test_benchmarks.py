@@ -13,6 +13,7 @@ from harness.engine import Engine
 from harness.pytest_plugin.benchmarks import Cost, Rounds
 from harness.pytest_plugin.subject import Subject
 from harness.verdict import Gate, Ratio
+from suites.test_cost_latency import ratios
 
 GOOD, BAD, NOISY = Ratio(1.0, 0.99, 1.01, 12), Ratio(0.9, 0.89, 0.91, 12), Ratio(1.0, 0.97, 1.03, 12)
 
@@ -181,3 +182,13 @@ def test_an_interrupt_before_the_first_round_is_one() -> None:
     rounds.run = mock.Mock(side_effect=["", "", KeyboardInterrupt])
     with pytest.raises(KeyboardInterrupt):
         ran_rounds(rounds, session=mock.Mock(shouldstop=False))
+
+
+def test_a_round_that_is_disturbed_is_the_p99_of_all_and_not_that_of_the_rounds() -> None:
+    calm = [[0.1 + 0.001 * number for number in range(64)] for _ in range(12)]
+    disturbed = [*calm[:-1], [2 * seconds for seconds in calm[-1]]]
+    found = ratios([0] * 12, calm, disturbed)
+    assert (found["p50"].value, found["p99"].value) == (1.0, 1.0)
+    assert found["p99 of all"].value < 0.7
+    # One request a round has one latency, which is all percentiles of its round.
+    assert set(ratios([0] * 12, [[1.0]] * 12, [[1.0]] * 12)) == {"p50", "p99 of all"}

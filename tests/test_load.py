@@ -79,7 +79,7 @@ def test_a_video_has_frames() -> None:
     assert (item.modality, item.width, item.height) == ("image", 32, 32)
 
 
-@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+@pytest.mark.parametrize("workload", [*WORKLOADS, load.ALONE], ids=str)
 def test_small_is_the_same_shape_of_work(workload: Workload) -> None:
     small = workload.small()
     assert (small.name, small.again, small.text_only) == (workload.name, workload.again, workload.text_only)
