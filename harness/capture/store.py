@@ -131,10 +131,9 @@ class EmbeddingStore:
                     f"{self._arena.capacity_bytes} bytes: raise the cap or send fewer items"
                 )
             self._reap()
-            for item in sizes:
-                self._forget_if_failed(item)
-            found = [entry for item in sizes if (entry := self._index.get(item)) is not None]
-            missing = [item for item in sizes if item not in self._index]
+            entries = {item: self._find(item) for item in sizes}
+            found = [entry for entry in entries.values() if entry is not None]
+            missing = [item for item, entry in entries.items() if entry is None]
             evictable = self._cached_bytes - sum(entry.nbytes for entry in found if not entry.holders)
             needed = sum(sizes[item] for item in missing)
             if self._arena.held_bytes - evictable + needed > self._arena.capacity_bytes:
@@ -339,13 +338,16 @@ class EmbeddingStore:
         self._arena.free(entry.block)
         self._start_reaper()
 
-    def _forget_if_failed(self, item: Item) -> None:
-        # The worker sends no message back, but its stamp is there to read.
+    def _find(self, item: Item) -> _Entry | None:
+        """The item's entry; not one that the worker had no data for, which is forgotten."""
         entry = self._index.get(item)
+        # The worker sends no message back, but its stamp is there to read.
         if entry is not None and entry.dispatched and self._arena.failed(entry.block):
             del self._index[item]
             if not entry.holders:
                 self._free(self._pop_cached(item))
+            return None
+        return entry
 
     def _release(self, request_id: str) -> None:
         for entry in self._requests.pop(request_id, []):
