@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -206,3 +207,36 @@ def test_recorded_rounds_as_noisy_as_these_decide_nothing(name: str) -> None:
 def test_a_loss_shows_in_recorded_rounds_once_it_is_larger_than_their_noise(slower: float, verdict: Verdict) -> None:
     slowed = [slower * seconds for seconds in RECORDED["idle"]]
     assert judge(median_ratio(RECORDED["absent"], slowed), GATE).verdict is verdict
+
+
+# The same with tensor parallel 2 and CUDA graphs on two NVIDIA H200, 2026-11-26: seven starts of the engines.
+STARTS = {
+    "absent": [
+        [1.438, 1.452, 1.469, 1.427, 1.423, 1.449, 1.442, 1.410],
+        [1.453, 1.404, 1.422, 1.435, 1.423, 1.439, 1.416, 1.413],
+        [1.414, 1.430, 1.412, 1.409, 1.386, 1.416, 1.434, 1.426],
+        [1.435, 1.425, 1.421, 1.442, 1.437, 1.438, 1.475, 1.422],
+        [1.415, 1.436, 1.431, 1.427, 1.437, 1.431, 1.426, 1.446],
+        [1.457, 1.433, 1.440, 1.427, 1.429, 1.457, 2.698, 2.701],
+        [1.421, 1.438, 1.447, 1.439, 1.437, 1.434],
+    ],
+    "capturing": [
+        [1.739, 1.455, 1.479, 1.473, 1.549, 1.464, 1.459, 1.422],
+        [1.406, 1.416, 1.417, 1.417, 1.427, 1.416, 1.423, 1.426],
+        [1.427, 1.434, 1.417, 1.423, 1.412, 1.440, 1.418, 1.403],
+        [1.432, 1.445, 1.423, 1.436, 1.428, 1.420, 1.428, 1.421],
+        [1.452, 1.443, 1.441, 1.424, 1.436, 1.415, 1.445, 1.425],
+        [1.429, 1.441, 1.429, 1.446, 1.441, 1.449, 1.465, 1.465],
+        [1.415, 1.430, 1.418, 1.427, 1.427, 1.402],
+    ],
+}
+
+
+def test_recorded_starts_pass() -> None:
+    starts = [number for number, rounds in enumerate(STARTS["absent"]) for _ in rounds]
+    absent, capturing = (list(itertools.chain(*rounds)) for rounds in STARTS.values())
+    ratio = over_starts(starts, median_ratio, absent, capturing)
+    assert str(ratio) == "0.9998 [0.9935, 1.0061] (7 starts)"
+    assert judge(ratio, GATE).verdict is Verdict.PASS
+    slowed = over_starts(starts, median_ratio, absent, [1.02 * seconds for seconds in capturing])
+    assert judge(slowed, GATE).verdict is Verdict.FAIL
