@@ -198,7 +198,7 @@ class Rounds(Generic[T]):
 
     def keep_complete(self) -> int:
         """Drops the samples of a round that is not complete; how many are left of each arm."""
-        complete = min((len(self.samples.get(name, ())) for name in self.arms), default=0)
+        complete = len(self.starts)
         for each in self._kept():
             del each[complete:]
         return complete
