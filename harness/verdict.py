@@ -143,32 +143,43 @@ def pooled_ratio(
 
 
 FEWEST = 6
-"""Rounds for an interval at 95 %: the exact one of a median needs as many."""
+"""Rounds for an interval at 95 %: the exact one of a median needs as many. And starts for a verdict: what differs
+between starts is often one of two states, and of two or three of them an interval may say anything.
+"""
 
 
 def over_starts(
     starts: Sequence[int],
+    wanted: int,
     estimate: Callable[[Sequence[T], Sequence[T]], Ratio],
-    ours: Sequence[T],
-    theirs: Sequence[T],
+    numerator: Sequence[T],
+    denominator: Sequence[T],
 ) -> Ratio:
-    """The ratio, where the engines may have been started several times; of one start it is `estimate`'s.
+    """The ratio where the engines were to start `wanted` times. Where that is once, it is `estimate`'s.
 
-    Of several it is the geometric mean of the starts' ratios, with Student's interval of their logarithms (scipy's).
+    Else it is the geometric mean of the starts' ratios, with Student's interval of their logarithms (scipy's).
 
     Args:
         starts: of each round, which start of the engines ran it.
+        wanted: how often they were to start; an interrupted benchmark has fewer.
         estimate: the ratio from the rounds of one start.
-        ours: samples, one a round.
-        theirs: as many, of the arm that ours are compared with.
+        numerator: samples, one a round.
+        denominator: as many, of the other arm.
+
+    Raises:
+        ValueError: no round.
     """
-    rounds = [[index for index, start in enumerate(starts) if start == wanted] for wanted in sorted(set(starts))]
-    ratios = [estimate([ours[i] for i in of], [theirs[i] for i in of]) for of in rounds]
-    if len(ratios) == 1:
-        return ratios[0]
+    if not starts:
+        raise ValueError("a ratio needs a round")
+    if wanted == 1:
+        return estimate(numerator, denominator)
+    rounds = [[index for index, start in enumerate(starts) if start == each] for each in sorted(set(starts))]
+    ratios = [estimate([numerator[i] for i in of], [denominator[i] for i in of]) for of in rounds]
     logarithms = np.log([ratio.value for ratio in ratios])
-    interval = stats.ttest_1samp(logarithms, 0.0).confidence_interval(CONFIDENCE)
-    low, high = (float(np.exp(bound)) for bound in (interval.low, interval.high))
+    low, high = -math.inf, math.inf
+    if len(ratios) > 1:
+        interval = stats.ttest_1samp(logarithms, 0.0).confidence_interval(CONFIDENCE)
+        low, high = (float(np.exp(bound)) for bound in (interval.low, interval.high))
     return Ratio(float(np.exp(np.mean(logarithms))), low, high, len(ratios), "starts")
 
 
@@ -177,7 +188,7 @@ _FOUR_OF_FIVE = ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / stats.norm.ppf(
 
 def judge(ratio: Ratio, gate: Gate) -> Judgement:
     """Pass: the ratio reaches the goal and its interval lies above the limit. Fail: all of it lies below the goal."""
-    if not math.isfinite(ratio.high):
+    if ratio.samples < FEWEST or not math.isfinite(ratio.high):
         return Judgement(Verdict.UNDECIDED, max(1, FEWEST - ratio.samples), ratio.unit)
     if ratio.high < gate.goal:
         return Judgement(Verdict.FAIL)

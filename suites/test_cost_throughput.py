@@ -52,6 +52,7 @@ def test_peers(cost: Cost, peer: str, benchmark: Any, record_property: Record, p
         pytest.skip("--peers runs other ways to get at the embeddings")
     if peer == "ECCPUConnector" and not on_gpu():
         pytest.skip("ECCPUConnector needs vLLM's V2 model runner, which needs a GPU")
+    cost = dataclasses.replace(cost, starts=1)  # ECExampleConnector's folder would still hold what a start before wrote
     with TemporaryDirectory(dir="/dev/shm") as folder:  # empty: what lies there is loaded and not encoded
         config = dict(peers.PEERS[peer])
         if peer == "ECExampleConnector":
@@ -63,6 +64,7 @@ def test_peers(cost: Cost, peer: str, benchmark: Any, record_property: Record, p
 
 def test_items_asked_about_again(cost: Cost, benchmark: Any, record_property: Record) -> None:
     """With re-use, what left the GPU's encoder cache is loaded and not encoded again: faster than without capture."""
+    cost = dataclasses.replace(cost, starts=1)  # what the engine counts is asked for at the end
     work = Workload("asked-again", side=1024, texts=8, scattered=True)
     # An encoder cache for fewer images than the round has: vLLM makes it as large as a step's tokens, or as the model's
     # largest item, where that has more.
@@ -79,6 +81,7 @@ def test_items_asked_about_again(cost: Cost, benchmark: Any, record_property: Re
 
 def test_repeats_that_the_store_does_not_hold(cost: Cost, benchmark: Any, record_property: Record) -> None:
     """A prefix-cache hit meets an item that was not kept: it is encoded again. The price, stated; no gate."""
+    cost = dataclasses.replace(cost, starts=1)  # what the engine counts is asked for at the end
     too_small = {"mm_embedding_cache_gb": 0.0}
     arms = cost.arms(Interface.LLM, [Arm.ABSENT, Arm.CAPTURING], capture_options=too_small)
     once = dataclasses.replace(REPEATED, requests=REPEATED.requests // REPEATED.times, times=1)
@@ -114,4 +117,6 @@ def measure(
         bound = captured.nbytes / bandwidth / statistics.median(absent)
         record_property("copies at that speed, % of the time", round(100 * bound, 3))
     others = [arm for arm in arms if arm != Arm.ABSENT]
-    return {f"{arm}/absent": over_starts(rounds.starts, median_ratio, absent, seconds[arm]) for arm in others}
+    return {
+        f"{arm}/absent": over_starts(rounds.starts, cost.starts, median_ratio, absent, seconds[arm]) for arm in others
+    }

@@ -64,6 +64,17 @@ def test_each_ratio_has_its_verdict(recorded: dict[str, Any], monkeypatch: pytes
     assert recorded["capturing verdict"].startswith("undecided")
 
 
+def test_a_ratio_that_is_watched_only_fails(recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu(monkeypatch, True)
+    cost = Cost(cast("Subject", FakeSubject()), 12)
+    cost.judge("throughput", {"p99": GOOD}, recorded.__setitem__, {"of all": NOISY})
+    assert recorded["p99 verdict"] == "pass"
+    assert "of all verdict" not in recorded
+    assert recorded["of all value"] == 1.0
+    with pytest.raises(pytest.fail.Exception, match=r"of all: 0.9000 .*: fail"):
+        cost.judge("throughput", {"p99": GOOD}, recorded.__setitem__, {"of all": BAD})
+
+
 def test_a_cpu_judges_nothing(recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu(monkeypatch, False)
     judge(recorded, idle=BAD)
@@ -89,6 +100,7 @@ def test_arms_take_turns_at_being_the_first() -> None:
         rounds.before()
         rounds.timed()
         rounds.after()
+        rounds.count()
     assert {ran[start][0] for start in (3, 6, 9)} == {"absent", "idle", "capturing"}
     assert rounds.samples == {name: [f"{name} {number}" for number in (2, 3, 4)] for name in rounds.arms}
 
@@ -184,11 +196,30 @@ def test_an_interrupt_before_the_first_round_is_one() -> None:
         ran_rounds(rounds, session=mock.Mock(shouldstop=False))
 
 
+@pytest.mark.parametrize("when", ["start", "warm-up"])
+def test_starts_before_an_interrupted_one_count(when: str) -> None:
+    rounds = rounds_of("absent capturing", [])
+    run, subject = rounds.run, FakeSubject()
+
+    def interrupted(engine: Engine, number: int) -> str:
+        if str(engine) == "capturing''":
+            raise KeyboardInterrupt
+        return run(engine, number)
+
+    if when == "warm-up":
+        rounds.run = interrupted
+    else:
+        start = subject.pool.again
+        subject.pool.again = mock.Mock(side_effect=[start(list(rounds.arms.values())), KeyboardInterrupt])  # type: ignore[method-assign]
+    assert ran_rounds(rounds, subject, starts=5, session=mock.Mock()) == 2 * 12
+    assert rounds.starts == [0] * 12 + [1] * 12
+
+
 def test_a_round_that_is_disturbed_is_the_p99_of_all_and_not_that_of_the_rounds() -> None:
     calm = [[0.1 + 0.001 * number for number in range(64)] for _ in range(12)]
     disturbed = [*calm[:-1], [2 * seconds for seconds in calm[-1]]]
-    found = ratios([0] * 12, calm, disturbed)
+    found = ratios([0] * 12, 1, calm, disturbed)
     assert (found["p50"].value, found["p99"].value) == (1.0, 1.0)
     assert found["p99 of all"].value < 0.7
     # One request a round has one latency, which is all percentiles of its round.
-    assert set(ratios([0] * 12, [[1.0]] * 12, [[1.0]] * 12)) == {"p50", "p99 of all"}
+    assert set(ratios([0] * 12, 1, [[1.0]] * 12, [[1.0]] * 12)) == {"p50", "p99 of all"}

@@ -62,6 +62,7 @@ def test_the_tables_of_a_saved_run(
     benchmarks = [
         {"name": "test_throughput[qwen3_vl-distinct]", "extra_info": {"seconds": recorded(0.01)}},
         {"name": "test_latency", "extra_info": {}},
+        {"name": "test_starts", "extra_info": {"seconds": recorded(0.01), "starts": [0] * 10 + [1] * 10}},
         {"name": "test_short", "extra_info": {"seconds": recorded(0.01, rounds=5)}},
     ]
     file.write_text(json.dumps({"benchmarks": benchmarks}))
@@ -78,7 +79,7 @@ def test_the_tables_of_a_saved_run(
         (None, "cannot read .*: No such file or directory"),
         ("{", "is not a file of --benchmark-autosave"),
         ("[]", "is not a file of --benchmark-autosave"),
-        ('{"benchmarks": []}', "has no 6 rounds of absent and idle: run it with --rounds=12"),
+        ('{"benchmarks": []}', "has no 6 rounds of absent and idle from one start: run it with --rounds=12"),
     ],
 )
 def test_a_file_that_cannot_be_used(

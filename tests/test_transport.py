@@ -274,10 +274,15 @@ def test_a_stamp_follows_all_of_its_data(device: str, monkeypatch: pytest.Monkey
         for number in range(8):
             blocks = [allocate(arena, rows.nbytes) for _ in range(4)]
             truth = [rows + 4 * number + index for index in range(4)]
-            writer.write_many([(block, each.to(device)) for block, each in zip(blocks, truth, strict=True)])
+            # As columns of wider ones, which are dropped while the copy is under way, and whose memory is used again.
+            wide = [torch.cat([each, -each], dim=1).to(device) for each in truth]
+            writer.write_many([(block, each[:, :WIDTH]) for block, each in zip(blocks, wide, strict=True)])
+            del wide
+            overwritten = [torch.zeros(1 << 16, 2 * WIDTH, device=device) for _ in blocks]
             for index in (3, 0, 1, 2):
                 rows_read = read(lease_of(arena, blocks[index])[1])
                 assert torch.equal(rows_read, truth[index]), "the stamp was there before its data"
+            del overwritten
             arena.reap()
             for block in blocks:
                 arena.free(block)  # so that the next ones lie where other data and stamps were
@@ -447,6 +452,20 @@ def test_a_lease_expires() -> None:
     with pytest.raises(BlockGone, match="expired"):
         read(handle)
     arena.close()
+
+
+def test_each_lease_expires_at_its_own_time() -> None:
+    """Also where nothing changed in the ledger since the last look."""
+    with closing(Arena(PAGE, lease_seconds=0.5)) as arena:
+        first = arena.lease()
+        time.sleep(0.3)
+        second = arena.lease()
+        assert arena.reap() == ([], [])
+        time.sleep(max(0.0, first.deadline - time.monotonic()))
+        assert arena.reap() == ([], [first])
+        assert arena.reap() == ([], [])
+        time.sleep(max(0.0, second.deadline - time.monotonic()))
+        assert arena.reap() == ([], [second])
 
 
 def test_a_reader_whose_lease_expires_while_it_waits(arena: Arena) -> None:

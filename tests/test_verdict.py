@@ -151,7 +151,7 @@ def engines(rng: np.random.Generator, starts: int, rounds: int, truth: float) ->
         without, with_it = paired(rng, rounds, truth, noise=0.005)
         ours += list(own[0] * without)
         theirs += list(own[1] * with_it)
-    return over_starts([start for start in range(starts) for _ in range(rounds)], median_ratio, ours, theirs)
+    return over_starts([start for start in range(starts) for _ in range(rounds)], starts, median_ratio, ours, theirs)
 
 
 def test_the_interval_over_starts_covers_the_truth() -> None:
@@ -173,12 +173,27 @@ def test_rounds_do_not_show_how_engines_differ() -> None:
 
 def test_one_start_has_the_interval_of_its_rounds() -> None:
     ours, theirs = paired(np.random.default_rng(8), 12, 1.0, noise=0.01)
-    assert over_starts([0] * 12, median_ratio, list(ours), list(theirs)) == median_ratio(ours, theirs)
+    assert over_starts([0] * 12, 1, median_ratio, list(ours), list(theirs)) == median_ratio(ours, theirs)
+
+
+@pytest.mark.parametrize("started", [1, 2, 5])
+def test_fewer_starts_than_were_wanted_decide_nothing(started: int) -> None:
+    """An interrupted benchmark has them; the rounds of one start must not pass for what eight were to show."""
+    starts = [number for number in range(started) for _ in range(12)]
+    ratio = over_starts(starts, 8, median_ratio, [0.9 + 0.001 * number for number in starts], [1.0] * len(starts))
+    assert (ratio.samples, ratio.unit) == (started, "starts")
+    assert ratio.value == pytest.approx(0.9, rel=0.01)
+    assert judge(ratio, GATE) == Judgement(Verdict.UNDECIDED, 6 - started, "starts")
+
+
+def test_no_round_has_no_ratio() -> None:
+    with pytest.raises(ValueError, match="needs a round"):
+        over_starts([], 1, median_ratio, [], [])
 
 
 def test_each_start_counts_the_same_however_many_rounds_it_had() -> None:
     """The rounds of the last one are fewer where the user interrupts it."""
-    ratio = over_starts([0, 0, 0, 1, 1, 2], median_ratio, [1.0, 1.0, 1.1, 1.21, 1.21, 1.1], [1.0] * 6)
+    ratio = over_starts([0, 0, 0, 1, 1, 2], 3, median_ratio, [1.0, 1.0, 1.1, 1.21, 1.21, 1.1], [1.0] * 6)
     assert ratio.value == pytest.approx(1.1)
     assert ratio.low < 1.0 < 1.21 < ratio.high
     judged = judge(ratio, GATE)
@@ -235,8 +250,8 @@ STARTS = {
 def test_recorded_starts_pass() -> None:
     starts = [number for number, rounds in enumerate(STARTS["absent"]) for _ in rounds]
     absent, capturing = (list(itertools.chain(*rounds)) for rounds in STARTS.values())
-    ratio = over_starts(starts, median_ratio, absent, capturing)
+    ratio = over_starts(starts, 8, median_ratio, absent, capturing)
     assert str(ratio) == "0.9998 [0.9935, 1.0061] (7 starts)"
     assert judge(ratio, GATE).verdict is Verdict.PASS
-    slowed = over_starts(starts, median_ratio, absent, [1.02 * seconds for seconds in capturing])
+    slowed = over_starts(starts, 8, median_ratio, absent, [1.02 * seconds for seconds in capturing])
     assert judge(slowed, GATE).verdict is Verdict.FAIL

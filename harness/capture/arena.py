@@ -231,7 +231,7 @@ class Arena:
             return [], []
         ledger = os.pread(self.address.ledger.fd, self._num_slots * SLOT_BYTES, 0)
         now = time.monotonic()
-        # The first one was granted first. A step that admits many requests asks for each of them.
+        # Leases are in the order of their deadlines. A step may admit many requests, and each of them asks.
         if ledger == self._looked_at and now < next(iter(self._leases.values())).deadline:
             return [], []
         self._looked_at = ledger

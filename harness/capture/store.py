@@ -131,7 +131,7 @@ class EmbeddingStore:
                     f"{self._arena.capacity_bytes} bytes: raise the cap or send fewer items"
                 )
             self._reap()
-            entries = {item: self._find(item) for item in sizes}
+            entries = {item: self._find_or_forget(item) for item in sizes}
             found = [entry for entry in entries.values() if entry is not None]
             missing = [item for item, entry in entries.items() if entry is None]
             evictable = self._cached_bytes - sum(entry.nbytes for entry in found if not entry.holders)
@@ -338,7 +338,7 @@ class EmbeddingStore:
         self._arena.free(entry.block)
         self._start_reaper()
 
-    def _find(self, item: Item) -> _Entry | None:
+    def _find_or_forget(self, item: Item) -> _Entry | None:
         """The item's entry; not one that the worker had no data for, which is forgotten."""
         entry = self._index.get(item)
         # The worker sends no message back, but its stamp is there to read.

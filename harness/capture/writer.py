@@ -134,17 +134,17 @@ class _CudaCopier:
                 self._driver.copy_to_host(header, value.data_ptr(), WORD, stream)
 
     def _copyable(self, source: Tensor) -> Tensor:
-        """On the device, and one copy for the copy engine."""
+        """On the device; contiguous, or rows at a constant distance."""
         # `to` takes as long as a call of the driver where there is nothing to do.
         there = source if source.device == self._device else source.to(self._device, non_blocking=True)
-        return there if there.is_contiguous() or _has_plain_rows(there) else there.contiguous()
+        return there if there.is_contiguous() or _is_pitched(there) else there.contiguous()
 
     def _copy_rows(self, address: int, source: Tensor, stream: int) -> None:
         if source.is_contiguous():
             self._driver.copy_to_host(address, source.data_ptr(), source.nbytes, stream)
             return
         # Where there are levels the main rows are columns of wider ones. The copy engine takes them from there at its
-        # full speed: making them contiguous takes memory of the GPU, and 30 us an item in front of the language model.
+        # full speed: to make them contiguous takes memory of the GPU, and this thread's time before the language model.
         width = source.shape[1] * source.itemsize
         parameters = _Memcpy2D(
             srcMemoryType=_ON_DEVICE,
@@ -180,7 +180,7 @@ class _CudaCopier:
         self._dropping.shutdown()
 
 
-def _has_plain_rows(tensor: Tensor) -> bool:
+def _is_pitched(tensor: Tensor) -> bool:
     return tensor.ndim == 2 and tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
 
 
@@ -307,6 +307,9 @@ class Writer:
 
     def write_many(self, copies: Iterable[tuple[Block, Tensor]]) -> None:
         """Copies each tensor to its block and stamps it. The bytes of both must be equally many.
+
+        A tensor on a GPU is read later, in the order of the device's work: it may be dropped at once, and must not be
+        changed in place before its stamp is there.
 
         A block whose segment was given back is left out: its request was aborted, nobody waits for it.
         """

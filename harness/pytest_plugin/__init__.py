@@ -66,7 +66,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="how often the engines of a benchmark start; two that start alike differ, which more rounds do not show",
+        help="how often a benchmark's engines start (default: 1), each time for --rounds rounds or its share of "
+        "--seconds; two that start alike differ, which rounds do not show; a verdict over starts needs 6 of them",
     )
     group.addoption("--peers", action="store_true", help="benchmark other ways to get at embeddings too")
     group.addoption("--golden-store", type=Path, metavar="FOLDER", help="of the goldens of your own checkpoints")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -115,10 +115,15 @@ class Cost:
                 rounds.warm_up()
             rounds.before()
 
+        def after() -> None:
+            rounds.after()
+            rounds.count()
+
         try:
-            benchmark.pedantic(rounds.timed, setup=before, teardown=rounds.after, rounds=number * self.starts)
+            benchmark.pedantic(rounds.timed, setup=before, teardown=after, rounds=number * self.starts)
         except KeyboardInterrupt:
-            if self.session is None or not rounds.keep_complete():
+            rounds.drop_uncounted()
+            if self.session is None or not rounds.starts:
                 raise
             self.session.shouldstop = "the benchmark's rounds up to then count"
 
@@ -138,13 +143,29 @@ class Cost:
             for part in ("value", "low", "high"):
                 record_property(f"{name} {part}", getattr(ratio, part))
 
-    def judge(self, kind: str, ratios: Mapping[str, Ratio], record_property: Callable[[str, object], None]) -> None:
-        """Records the ratios; on a GPU, fails the test that breaks its gate, or skips it as undecided."""
-        self.record(ratios, record_property)
+    def judge(
+        self,
+        kind: str,
+        ratios: Mapping[str, Ratio],
+        record_property: Callable[[str, object], None],
+        watched: Mapping[str, Ratio] | None = None,
+    ) -> None:
+        """Records the ratios; on a GPU, fails the test that breaks its gate, or skips it as undecided.
+
+        Args:
+            kind: of the gate.
+            ratios: by name.
+            record_property: pytest's.
+            watched: ratios that fail the test too, and do not leave it undecided: most sessions cannot decide them.
+        """
+        watched = watched or {}
+        self.record({**ratios, **watched}, record_property)
         if not on_gpu():
             record_property("verdict", "not judged on a CPU")
             return
         gate = self.subject.spec.gates[kind]
+        failed = {name: ratio for name, ratio in watched.items() if judge(ratio, gate).verdict is Verdict.FAIL}
+        ratios = {**ratios, **failed}
         judgements = {name: judge(ratio, gate) for name, ratio in ratios.items()}
         for name, judgement in judgements.items():
             record_property(f"{name} verdict", str(judgement))
@@ -169,7 +190,7 @@ class Rounds(Generic[T]):
         run: runs them.
         samples: what `run` gave, by arm, one a round.
         began: when, seconds since the epoch. What disturbs the machine shows in all that runs on it then.
-        starts: of each round, which start of the engines ran it.
+        starts: of each round that counts, which start of the engines ran it.
         start: the one that runs now, from 0 on.
     """
 
@@ -187,8 +208,7 @@ class Rounds(Generic[T]):
         self.before()
         self.timed()
         self.after()
-        for each in self._kept():
-            del each[-1]
+        self.drop_uncounted()
 
     def renew(self, restart: Callable[[list[Engine]], list[Engine]]) -> None:
         """Goes on with other engines, which `restart` starts, each time in another order."""
@@ -196,17 +216,15 @@ class Rounds(Generic[T]):
         names = self._turned(self.start)
         self.arms.update(zip(names, restart([self.arms[name] for name in names]), strict=True))
 
-    def keep_complete(self) -> int:
-        """Drops the samples of a round that is not complete; how many are left of each arm."""
-        complete = len(self.starts)
-        for each in self._kept():
-            del each[complete:]
-        return complete
+    def count(self) -> None:
+        """The round that all arms have run counts."""
+        self.starts.append(self.start)
 
-    def _kept(self) -> Iterator[list[Any]]:
-        yield from self.samples.values()
-        yield from self.began.values()
-        yield self.starts
+    def drop_uncounted(self) -> None:
+        """Drops the samples of a round that was interrupted, or is not to count."""
+        of_arms: tuple[list[Any], ...] = (*self.samples.values(), *self.began.values())
+        for each in of_arms:
+            del each[len(self.starts) :]
 
     def before(self) -> None:
         """Prepares a round in all engines and runs the arms that come before the one that is timed."""
@@ -225,7 +243,6 @@ class Rounds(Generic[T]):
         """Runs the others."""
         for name in self._order()[1]:
             self._run(name)
-        self.starts.append(self.start)
 
     def _turned(self, number: int) -> list[str]:
         names = list(self.arms)

@@ -71,14 +71,20 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, list[float]]]]:
     """
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
-        found = [(bench["name"], bench["extra_info"].get("seconds", {})) for bench in data["benchmarks"]]
+        found = [
+            (bench["name"], bench["extra_info"].get("seconds", {}))
+            for bench in data["benchmarks"]
+            if len({*bench["extra_info"].get("starts", ())}) <= 1  # else its rounds are not what is judged
+        ]
     except OSError as error:
         raise SamplesError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SamplesError(f"{path} is not a file of --benchmark-autosave ({error}): name one") from error
     usable = [(name, of) for name, of in found if min(len(of.get(arm, ())) for arm in (Arm.ABSENT, Arm.IDLE)) >= FEWEST]
     if not usable:
-        raise SamplesError(f"{path} has no {FEWEST} rounds of {Arm.ABSENT} and {Arm.IDLE}: run it with --rounds=12")
+        raise SamplesError(
+            f"{path} has no {FEWEST} rounds of {Arm.ABSENT} and {Arm.IDLE} from one start: run it with --rounds=12"
+        )
     yield from usable
 
 
