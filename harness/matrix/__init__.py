@@ -54,9 +54,9 @@ GATES = {
     "latency": Gate(goal=0.98, limit=0.95),
     "reuse": Gate(goal=1.10, limit=1.05),
 }
-"""What capture may cost, as the ratio without over with it: of the time for a batch, of the latency (the p99
-of a round under load, the median of requests one at a time), and of the time for a batch that asks about the same
-images again, with re-use on."""
+"""What capture may cost, as the ratio without over with it: of the time for a batch, of the latency (the p99 of a round
+under load, the median of requests one at a time), and of the time for a batch that asks about the same images again,
+with re-use on."""
 
 
 @dataclass(frozen=True)

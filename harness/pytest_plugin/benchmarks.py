@@ -182,7 +182,8 @@ class Cost:
 class Rounds(Generic[T]):
     """Runs the arms one after another in each round, beginning with another one each time, so that drift hits all.
 
-    For `benchmark.pedantic`: `before` and `after` are its setup and teardown, `timed` its target, the capturing arm.
+    For `benchmark.pedantic`: `before` and `after` belong to its setup and teardown, `timed`, the capturing arm, is its
+    target.
 
     Attributes:
         arms: engines by name; the one that is timed is `Arm.CAPTURING`. `renew` puts others in their places.
