@@ -1,10 +1,9 @@
 """What the owner, the writer and the reader of the shared memory have in common: addresses, and access to them.
 
 The owner (arena.Arena, in the engine core) allocates *blocks* in memfd segments and grants *leases* on them. The writer
-(writer.Writer, in the worker) copies rows into a block and then
-stamps the block's header with its generation. The reader
-(reader.read, in the frontend) waits for the stamps, copies the rows out, checks that its
-lease was alive all the while, and marks the lease as done in the ledger, one more memfd. Nothing is sent back.
+(writer.Writer, in the worker) copies rows into a block and then stamps the block's header with its generation. The
+reader (reader.read, in the frontend) waits for the stamps, copies the rows out, checks that its lease was alive all the
+while, and marks the lease as done in the ledger, one more memfd. Nothing is sent back.
 
 The segments have no name in any file system: other processes of the same user open them through /proc/<pid>/fd, and
 the kernel frees them when the processes are gone, however they ended. Where a reader cannot (`whereabouts` differ), the
