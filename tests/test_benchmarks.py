@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from harness.engine import Engine
+from harness.engine import Engine, EngineError
 from harness.pytest_plugin.benchmarks import Cost, Rounds
 from harness.pytest_plugin.subject import Subject
 from harness.verdict import Gate, Ratio
@@ -213,6 +213,22 @@ def test_starts_before_an_interrupted_one_count(when: str) -> None:
         subject.pool.again = mock.Mock(side_effect=[start(list(rounds.arms.values())), KeyboardInterrupt])  # type: ignore[method-assign]
     assert ran_rounds(rounds, subject, starts=5, session=mock.Mock()) == 2 * 12
     assert rounds.starts == [0] * 12 + [1] * 12
+
+
+def test_starts_before_one_that_fails_count() -> None:
+    rounds, subject = rounds_of("absent capturing", []), FakeSubject()
+    errors: list[EngineError] = []
+    start = subject.pool.again
+    subject.pool.again = mock.Mock(side_effect=[start(list(rounds.arms.values())), EngineError("no memory")])  # type: ignore[method-assign]
+    assert ran_rounds(rounds, subject, starts=5, not_started=errors) == 2 * 12
+    assert [str(error) for error in errors] == ["no memory"]
+
+
+def test_an_engine_that_dies_in_a_round_fails_the_benchmark() -> None:
+    rounds = rounds_of("absent capturing", [])
+    rounds.run = mock.Mock(side_effect=[*"12345", EngineError("the engine died")])
+    with pytest.raises(EngineError, match="died"):
+        ran_rounds(rounds)
 
 
 def test_a_round_that_is_disturbed_is_the_p99_of_all_and_not_that_of_the_rounds() -> None:

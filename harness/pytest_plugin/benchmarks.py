@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from harness import load, peers
-from harness.engine import Arm, Engine, EngineSpec, Interface
+from harness.engine import Arm, Engine, EngineError, EngineSpec, Interface
 from harness.load import Workload
 from harness.pytest_plugin.subject import Subject
 from harness.verdict import Ratio, Verdict, judge
@@ -43,6 +44,7 @@ class Cost:
         seconds: of a benchmark's rounds, which are as many as fit then, and not `rounds`.
         starts: how often the engines of a benchmark start.
         session: is ended after a benchmark that the user interrupts.
+        not_started: errors of engines that did not start again, raised when what the starts before showed is recorded.
     """
 
     subject: Subject
@@ -51,6 +53,7 @@ class Cost:
     seconds: float | None = None
     starts: int = 1
     session: pytest.Session | None = None
+    not_started: list[EngineError] = field(default_factory=list)
 
     def arms(
         self,
@@ -103,7 +106,8 @@ class Cost:
     def run(self, rounds: Rounds[Any], benchmark: Any, group: str) -> None:
         """Warms up, and fills in the rounds' samples.
 
-        Interrupted, it keeps the rounds that are complete: they may have taken an hour.
+        Interrupted, or where the engines do not start again, it keeps the rounds that are complete: they may have taken
+        an hour.
         """
         number = self._warm_up(rounds)
         benchmark.group = group
@@ -111,7 +115,11 @@ class Cost:
 
         def before() -> None:
             if len(rounds.starts) == number * (rounds.start + 1):
-                rounds.renew(self.subject.pool.again)
+                try:
+                    rounds.renew(self.subject.pool.again)
+                except EngineError as error:
+                    self.not_started.append(error)
+                    raise _NotStartedError from error
                 rounds.warm_up()
             rounds.before()
 
@@ -120,7 +128,8 @@ class Cost:
             rounds.count()
 
         try:
-            benchmark.pedantic(rounds.timed, setup=before, teardown=after, rounds=number * self.starts)
+            with suppress(_NotStartedError):
+                benchmark.pedantic(rounds.timed, setup=before, teardown=after, rounds=number * self.starts)
         except KeyboardInterrupt:
             rounds.drop_uncounted()
             if self.session is None or not rounds.starts:
@@ -176,6 +185,10 @@ class Cost:
             pytest.fail(text, pytrace=False)
         if Verdict.UNDECIDED in verdicts:
             pytest.skip(text)
+
+
+class _NotStartedError(Exception):
+    """Ends the rounds. An EngineError would do so too, but it may also be of an engine that died in a round."""
 
 
 @dataclass
@@ -276,7 +289,7 @@ def rounds_of(
 
 
 @pytest.fixture
-def cost(subject: Subject, pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Cost:
+def cost(subject: Subject, pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iterator[Cost]:
     """The arms of the model under test."""
     rounds: int | None = pytestconfig.getoption("--rounds")
     seconds: float | None = pytestconfig.getoption("--seconds")
@@ -285,4 +298,6 @@ def cost(subject: Subject, pytestconfig: pytest.Config, request: pytest.FixtureR
     starts: int = pytestconfig.getoption("--starts")
     made = Cost(subject, rounds or (12 if on_gpu() else 1), tuple(chosen), seconds, starts, request.session)
     made.needs("image")
-    return made
+    yield made
+    for error in made.not_started:
+        raise error
