@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,9 +86,7 @@ def measure(
 ) -> None:
     """Runs the rounds, judges one of the ratios of each latency, lets another one only fail, and records the others."""
     cost.run(rounds, benchmark, "latency")
-    gated: dict[str, Ratio] = {}
-    watched: dict[str, Ratio] = {}
-    others: dict[str, Ratio] = {}
+    by_kind: dict[str, dict[str, Ratio]] = defaultdict(dict)
     for name in ("first_token", "between_tokens", "end_to_end"):
         samples = {arm: [getattr(each, name) for each in found] for arm, found in rounds.samples.items()}
         benchmark.extra_info[name] = samples
@@ -96,13 +95,14 @@ def measure(
                 value = percentile(number)(np.concatenate(ours))
                 record_property(f"{arm} {name} p{number} ms", round(1000 * value, 2))
             if arm != Arm.ABSENT:
-                for what, ratio in ratios(rounds.starts, cost.starts, samples[Arm.ABSENT], ours).items():
-                    kind = gated if what == judged else watched if what == watch else others
-                    kind[f"absent/{arm} {name} {what}"] = ratio
+                for kind, ratio in ratios(rounds.starts, cost.starts, samples[Arm.ABSENT], ours).items():
+                    by_kind[kind][f"absent/{arm} {name} {kind}"] = ratio
     for arm, found in rounds.samples.items():
         expected = work.requests if arm == Arm.CAPTURING else 0
         assert {each.with_embedding for each in found} == {expected}
-    cost.record(others, record_property)
+    gated, watched = by_kind.pop(judged), by_kind.pop(watch, {})
+    for others in by_kind.values():
+        cost.record(others, record_property)
     cost.judge("latency", gated, record_property, watched)
 
 

@@ -243,3 +243,6 @@ def test_a_dead_engine_is_not_shared(pool: EnginePool) -> None:
     assert pool.get(EngineSpec("model")) is engine
     engine.usable = False
     assert pool.get(EngineSpec("model")) is not engine
+    [engine] = pool.together([EngineSpec("model")])
+    engine.usable = False
+    assert pool.together([EngineSpec("model")]) != [engine]

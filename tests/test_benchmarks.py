@@ -19,20 +19,23 @@ GOOD, BAD, NOISY = Ratio(1.0, 0.99, 1.01, 12), Ratio(0.9, 0.89, 0.91, 12), Ratio
 
 
 class FakePool:
-    """Starts engines again: the same names, with one more prime."""
+    """Starts engines again: the same names, with one more prime. With a failure it does that once."""
 
-    def __init__(self) -> None:
+    def __init__(self, failure: BaseException | None) -> None:
         self.started: list[list[str]] = []
+        self.failure = failure
 
     def again(self, engines: list[Engine]) -> list[Engine]:
+        if self.failure is not None and self.started:
+            raise self.failure
         started = [f"{engine}'" for engine in engines]
         self.started.append(started)
         return cast("list[Engine]", started)
 
 
 class FakeSubject:
-    def __init__(self) -> None:
-        self.pool = FakePool()
+    def __init__(self, failure: BaseException | None = None) -> None:
+        self.pool = FakePool(failure)
 
     class spec:  # noqa: N801 -- an attribute of Subject
         gates = {"throughput": Gate(goal=0.99, limit=0.98)}  # noqa: RUF012
@@ -199,29 +202,23 @@ def test_an_interrupt_before_the_first_round_is_one() -> None:
 @pytest.mark.parametrize("when", ["start", "warm-up"])
 def test_starts_before_an_interrupted_one_count(when: str) -> None:
     rounds = rounds_of("absent capturing", [])
-    run, subject = rounds.run, FakeSubject()
+    run, subject = rounds.run, FakeSubject(KeyboardInterrupt() if when == "start" else None)
 
     def interrupted(engine: Engine, number: int) -> str:
         if str(engine) == "capturing''":
             raise KeyboardInterrupt
         return run(engine, number)
 
-    if when == "warm-up":
-        rounds.run = interrupted
-    else:
-        start = subject.pool.again
-        subject.pool.again = mock.Mock(side_effect=[start(list(rounds.arms.values())), KeyboardInterrupt])  # type: ignore[method-assign]
+    rounds.run = interrupted
     assert ran_rounds(rounds, subject, starts=5, session=mock.Mock()) == 2 * 12
     assert rounds.starts == [0] * 12 + [1] * 12
 
 
 def test_starts_before_one_that_fails_count() -> None:
-    rounds, subject = rounds_of("absent capturing", []), FakeSubject()
-    errors: list[EngineError] = []
-    start = subject.pool.again
-    subject.pool.again = mock.Mock(side_effect=[start(list(rounds.arms.values())), EngineError("no memory")])  # type: ignore[method-assign]
-    assert ran_rounds(rounds, subject, starts=5, not_started=errors) == 2 * 12
-    assert [str(error) for error in errors] == ["no memory"]
+    failure, errors = EngineError("no memory"), list[EngineError]()
+    rounds = rounds_of("absent capturing", [])
+    assert ran_rounds(rounds, FakeSubject(failure), starts=5, not_started=errors) == 2 * 12
+    assert errors == [failure]
 
 
 def test_an_engine_that_dies_in_a_round_fails_the_benchmark() -> None:

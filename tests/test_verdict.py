@@ -177,8 +177,8 @@ def test_one_start_has_the_interval_of_its_rounds() -> None:
 
 
 @pytest.mark.parametrize("started", [1, 2, 5])
-def test_fewer_starts_than_were_wanted_decide_nothing(started: int) -> None:
-    """An interrupted benchmark has them; the rounds of one start must not pass for what eight were to show."""
+def test_fewer_than_six_starts_decide_nothing(started: int) -> None:
+    """As of a benchmark that is interrupted: the rounds of one start must not pass for what eight were to show."""
     starts = [number for number in range(started) for _ in range(12)]
     ratio = over_starts(starts, 8, median_ratio, [0.9 + 0.001 * number for number in starts], [1.0] * len(starts))
     assert (ratio.samples, ratio.unit) == (started, "starts")

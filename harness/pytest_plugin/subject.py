@@ -75,8 +75,7 @@ class EnginePool:
             EngineError: one did not start.
         """
         wanted = list(specs)
-        for spec in [spec for spec, engine in self._engines.items() if spec not in wanted or not engine.usable]:
-            self._engines.pop(spec).shutdown()
+        self._end([spec for spec, engine in self._engines.items() if spec not in wanted or not engine.usable])
         for spec in wanted:
             if spec not in self._engines:
                 self._started += 1
@@ -90,23 +89,23 @@ class EnginePool:
         return [self._engines[spec] for spec in wanted]
 
     def again(self, engines: Iterable[Engine]) -> list[Engine]:
-        """Ends these engines and starts others of their specs, in this order, all alive at once and no other.
+        """Other engines of the specs of these, which end: as `together`, started in this order.
 
         Raises:
             EngineError: one did not start.
         """
-        old = list(engines)
-        for engine in old:
-            self._engines.pop(engine.spec, None)
-        with ThreadPoolExecutor(len(old)) as ending:
-            list(ending.map(Engine.shutdown, old))
-        return self.together(engine.spec for engine in old)
+        specs = [engine.spec for engine in engines]
+        self._end(specs)
+        return self.together(specs)
 
     def shutdown(self) -> None:
         """Ends them all."""
-        for engine in self._engines.values():
-            engine.shutdown()
-        self._engines.clear()
+        self._end(list(self._engines))
+
+    def _end(self, specs: Sequence[EngineSpec]) -> None:
+        ended = [self._engines.pop(spec) for spec in specs]
+        with ThreadPoolExecutor(len(ended) or 1) as pool:
+            list(pool.map(lambda engine: engine.shutdown(), ended))
 
 
 @dataclass(frozen=True)
