@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorLogging, ECConnectorProm
 
-from harness.capture import frontend
+from harness.capture import frontend, metrics
 from harness.capture.connector import transfer_config
 from harness.capture.metrics import COUNTERS, GAUGES, Poll
 from harness.capture.reader import discard
@@ -46,6 +46,12 @@ def run(capture: SchedulerCapture, name: str) -> dict[str, Any]:
     return capture.store.deliver(name)
 
 
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step is asked, however fast they come."""
+    monkeypatch.setattr(metrics, "_POLL_SECONDS", 0.0)
+
+
 def data_of(poll: Poll) -> dict[str, Any]:
     changes = poll()
     assert changes is not None, "nothing changed"
@@ -56,6 +62,7 @@ def test_every_metric_is_a_count_of_the_store(capture: SchedulerCapture) -> None
     assert capture.counts().keys() - {"items", "requests"} == GAUGES.keys() | COUNTERS.keys()
 
 
+@pytest.mark.usefixtures("every_step")
 def test_a_poll_gives_what_changed_and_then_nothing(capture: SchedulerCapture) -> None:
     poll = Poll(capture)
     assert poll() is None, "a new store is no change"
@@ -69,6 +76,7 @@ def test_a_poll_gives_what_changed_and_then_nothing(capture: SchedulerCapture) -
     assert poll() is None
 
 
+@pytest.mark.usefixtures("every_step")
 def test_counters_travel_as_differences(capture: SchedulerCapture) -> None:
     poll = Poll(capture)
     for name in "ab":
@@ -80,6 +88,7 @@ def test_counters_travel_as_differences(capture: SchedulerCapture) -> None:
     assert data_of(poll) == {"forced_prefills": 2}
 
 
+@pytest.mark.usefixtures("every_step")
 def test_a_request_that_ends_in_this_step_is_not_counted_as_admitted(capture: SchedulerCapture) -> None:
     poll = Poll(capture)
     for name in "ab":
@@ -91,6 +100,48 @@ def test_a_request_that_ends_in_this_step_is_not_counted_as_admitted(capture: Sc
     assert data_of(poll) == {"admitted": 1}, "the scheduler asks before the step's requests are let go of"
     capture.end_update([])
     assert poll() is None
+
+
+class Clock:
+    """Instead of the time module."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(metrics, "time", made)
+    return made
+
+
+def test_steps_in_quick_succession_are_told_together(capture: SchedulerCapture, clock: Clock) -> None:
+    poll = Poll(capture)
+    run(capture, "a")
+    assert data_of(poll)["captured"] == 1, "the first one is told at once"
+    clock.now += 0.09
+    run(capture, "b")
+    assert poll() is None
+    clock.now += 0.02
+    assert data_of(poll) == {"held_bytes": 2 * BLOCK, "leases": 2, "captured": 1, "misses": 1}
+
+
+def test_the_end_of_the_last_request_is_told_at_once(capture: SchedulerCapture, clock: Clock) -> None:
+    poll = Poll(capture)
+    for name in "ab":
+        capture._captures[name] = SimpleNamespace()  # type: ignore[assignment]
+    assert data_of(poll) == {"admitted": 2}
+    clock.now += 0.01
+    capture.begin_update()
+    capture.request_finished("a")
+    assert poll() is None
+    capture.end_update([])
+    capture.begin_update()
+    capture.request_finished("b")
+    assert data_of(poll) == {"admitted": 0}
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """The store's counts among vLLM's own metrics: in `/metrics` of a server, in `LLM.get_metrics()` and in the log.
 
-The scheduler asks the connector at the end of each step. What changed travels with the step's outputs to a frontend,
-whose loggers give it to the classes below.
+The scheduler asks the connector at the end of each step, which answers a few times a second. What changed travels with
+that step's outputs to a frontend, whose loggers give it to the classes below.
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorPromMetrics, ECConnectorStats
@@ -38,7 +39,7 @@ GAUGES = {
     "leases": Metric("mm_embedding_leases", "Requests whose embeddings were sent and not read yet"),
     "admitted": Metric("mm_embedding_admitted_requests", "Multimodal requests that were let in and have not ended"),
 }
-"""By the key in SchedulerCapture.counts(): its value as of the engine's last step."""
+"""By the key in SchedulerCapture.counts(): its value as of a step at most 0.1 s before the engine's last one."""
 
 COUNTERS = {
     "captured": Metric("mm_embedding_captured_items", "Items that were copied out of the encoder cache"),
@@ -86,15 +87,28 @@ class Changes(ECConnectorStats):
         return cls({key: value for key, value in (data or {}).items() if key in COUNTERS})
 
 
+_POLL_SECONDS = 0.1
+"""Between answers. To compare takes ten microseconds of a step, and to tell what changed takes more of it and of the
+frontend's event loop; nobody looks as often as an engine steps."""
+
+
 class Poll:
-    """Finds what changed in the store between calls. Costs a few microseconds where nothing did: a step is short."""
+    """Finds what changed in the store between calls.
+
+    Says so at most every 0.1 s, and in any case when the last request that is captured ends: no step may follow.
+    """
 
     def __init__(self, capture: SchedulerCapture) -> None:
         self._capture = capture
         self._last = capture.snapshot()
+        self._next = 0.0  # time.monotonic
 
     def __call__(self) -> Changes | None:
-        """The changes since the last call; None if there are none."""
+        """The changes since they were told last; None if there are none, or it is not yet time."""
+        asked = time.monotonic()
+        if asked < self._next and not self._capture.ends_with_this_step():
+            return None
+        self._next = asked + _POLL_SECONDS
         before, self._last = self._last, self._capture.snapshot()
         if self._last == before:
             return None

@@ -169,9 +169,15 @@ class SchedulerCapture:
 
     def snapshot(self) -> Snapshot:
         """What `counts` tells, cheap enough for every step."""
+        return Snapshot(self.store.stats(), self._num_admitted(), self.forced_prefills, self.reused)
+
+    def ends_with_this_step(self) -> bool:
+        """Whether the step whose outputs are being made ends the last of the requests that have not ended."""
+        return bool(self._ended) and not self._num_admitted()
+
+    def _num_admitted(self) -> int:
         # A request that ends in this step is gone for vLLM: its own metrics do not count it as running.
-        ending = sum(request_id in self._captures for request_id in self._ended or ())
-        return Snapshot(self.store.stats(), len(self._captures) - ending, self.forced_prefills, self.reused)
+        return len(self._captures) - sum(request_id in self._captures for request_id in self._ended or ())
 
     def close(self) -> None:
         """Gives all memory back."""
