@@ -18,14 +18,18 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 T = TypeVar("T")
 
 CONFIDENCE = 0.95
 """Of the two-sided intervals."""
 
-_RESAMPLES = 4999
+_RESAMPLES = 499
+"""Of a permutation test: the interval's ends are where 2.5 % of them are as extreme."""
+
+_FAR = 100.0
+"""No ratio is further from the one that was found."""
 
 
 @dataclass(frozen=True)
@@ -110,36 +114,44 @@ def pooled_ratio(
 ) -> Ratio:
     """statistic(all samples of ours) / statistic(all of theirs), for what one round holds too few samples of, as a p99.
 
-    The interval is the bootstrap's (scipy's, percentiles), which draws whole rounds, of both together.
+    The interval holds the ratios that a permutation test (scipy's) does not reject: were the arms alike but for such a
+    ratio, each round could as well have been the other arm's (P. Good, Permutation, Parametric, and Bootstrap Tests of
+    Hypotheses, 2005). A p99 is that of a few rounds, and a bootstrap, which draws them again, trusts them too much: of
+    recorded rounds that differ by nothing it was sure of a loss seven to fifteen times in a hundred.
 
     Raises:
         ValueError: not as many rounds of both, or no round.
     """
     if len(ours) != len(theirs) or not ours:
         raise ValueError(f"rounds come in pairs: {len(ours)} and {len(theirs)}")
+    rounds, arms = len(ours), [[np.asarray(samples, dtype=float) for samples in arm] for arm in (ours, theirs)]
+    value = statistic(np.concatenate(arms[0])) / statistic(np.concatenate(arms[1]))
+    if rounds < FEWEST:
+        return Ratio(value, -math.inf, math.inf, rounds)
 
-    def ratio(indexes: np.ndarray) -> float:
-        drawn = indexes.astype(int)
-        return float(
-            statistic(np.concatenate([np.asarray(ours[i]) for i in drawn]))
-            / statistic(np.concatenate([np.asarray(theirs[i]) for i in drawn]))
+    def excess(logarithm: float, alternative: str) -> float:
+        """The p-value of a ratio, above that of the interval's ends."""
+        scaled = [*arms[0], *(math.exp(logarithm) * samples for samples in arms[1])]
+
+        def pooled(drawn: np.ndarray) -> float:
+            return statistic(np.concatenate([scaled[i] for i in drawn.astype(int)]))
+
+        test = stats.permutation_test(
+            (np.arange(rounds), np.arange(rounds, 2 * rounds)),
+            lambda first, second: math.log(pooled(first) / pooled(second)),
+            permutation_type="samples",  # the numbers of rounds, which change places with those of the other arm's
+            vectorized=False,
+            n_resamples=_RESAMPLES,
+            alternative=alternative,
+            rng=np.random.default_rng(0),
         )
+        return float(test.pvalue) - (1 - CONFIDENCE) / 2
 
-    indexes = np.arange(len(ours))
-    value = ratio(indexes)
-    if len(ours) < FEWEST:
-        return Ratio(value, -math.inf, math.inf, len(ours))
-    found = stats.bootstrap(
-        (indexes,),
-        ratio,
-        vectorized=False,
-        method="percentile",
-        confidence_level=CONFIDENCE,
-        n_resamples=_RESAMPLES,
-        rng=np.random.default_rng(0),
+    low, high = (
+        math.exp(optimize.bisect(excess, math.log(value), math.log(end * value), args=(alternative,), xtol=5e-4))
+        for end, alternative in ((1 / _FAR, "greater"), (_FAR, "less"))
     )
-    low, high = found.confidence_interval
-    return Ratio(value, float(low), float(high), len(ours))
+    return Ratio(value, low, high, rounds)
 
 
 FEWEST = 6

@@ -112,7 +112,7 @@ def ratios(
     """absent/ours of a round's median and 99th percentile, and of the 99th percentile of all rounds' requests together.
 
     The last is that of the few rounds in which something disturbed the machine: from 71 rounds on two H200 its interval
-    was 0.61 to 2.03, and that of a round's 99th percentile, which is of the same requests each time, 0.92 to 1.13. That
+    was 0.59 to 2.18, and that of a round's 99th percentile, which is of the same requests each time, 0.92 to 1.13. That
     one does not see what happens in less than half of the rounds.
 
     Args:

@@ -92,15 +92,16 @@ def test_the_interval_of_the_median_covers_the_truth(rounds: int) -> None:
 
 
 def test_the_pooled_interval_covers_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.verdict._RESAMPLES", 499)  # for speed
+    """Also of few rounds that differ as much as those of requests that queue: the p99 is that of one or two of them."""
+    monkeypatch.setattr("harness.verdict._RESAMPLES", 99)  # for speed
     rng = np.random.default_rng(3)
     truth = 1.25
     covered = 0
-    for _ in range(40):
-        ours, theirs = truth * (1 + rng.random((12, 100))), 1 + rng.random((12, 100))
-        ratio = pooled_ratio(list(ours), list(theirs), p99)
+    for _ in range(30):
+        ours, theirs = np.exp(0.4 * rng.standard_normal((2, 8, 1))) * (1 + rng.random((2, 8, 20)))
+        ratio = pooled_ratio(list(truth * ours), list(theirs), p99)
         covered += ratio.low <= truth <= ratio.high
-    assert covered >= 34
+    assert covered >= 29
 
 
 def test_the_pooled_interval_draws_whole_rounds() -> None:
