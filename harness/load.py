@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from harness import cases
-from harness.engine import Interface, Request
+from harness.engine import Arm, Interface, Request
 from harness.engine_process import Server, final_outputs, prompts_and_params, rendered, stream
 from harness.matrix import ModelSpec
 from harness.media import Media, image, video
@@ -137,6 +137,7 @@ class Sample:
         with_embedding: completions that carry embeddings.
         rows: of embeddings.
         nbytes: of embeddings.
+        moved_bytes: that went between the GPU and the store: rows that were captured, and that were loaded again.
     """
 
     seconds: float
@@ -145,6 +146,7 @@ class Sample:
     with_embedding: int
     rows: int
     nbytes: int
+    moved_bytes: int
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ async def prepare(server: Server, spec: ModelSpec, workload: Workload, round_num
 async def run(server: Server, keep: bool = False) -> Sample:
     """The prepared requests as one offline batch. `keep`: until `drop`, as a user who collects the outputs does."""
     round_ = prepared(server)
+    moved_before = await _moved_bytes(server)
     if round_.made_of is not None and round_.made_of[0].known:
         outputs, seconds = await _once_all_wait(server, round_.requests)
     else:
@@ -218,7 +221,14 @@ async def run(server: Server, keep: bool = False) -> Sample:
         with_embedding=len(found),
         rows=sum(len(rows) for rows in found),
         nbytes=sum(rows.nbytes for rows in found),
+        moved_bytes=await _moved_bytes(server) - moved_before,
     )
+
+
+async def _moved_bytes(server: Server) -> int:
+    """Since the engine started."""
+    stats = await server.capture_stats() if server.spec.arm is Arm.CAPTURING else None
+    return stats["captured_bytes"] + stats["reused_bytes"] if stats else 0
 
 
 async def _once_all_wait(server: Server, requests: list[Request]) -> tuple[list[Any], float]:

@@ -195,8 +195,15 @@ def test_the_metrics_count_what_is_captured(subject: Subject, engine: Engine, al
     completion = engine.generate(subject.request(subject.item(14), "count"))[0][0]
     after, stats = engine.call(metrics), engine.call(capture_stats)
     assert after["captured_items"] == before["captured_items"] + 1, "the metrics do not count what is captured"
+    assert after["captured_bytes"] == before["captured_bytes"] + embedding(completion).nbytes
     # Since the engine started: no step's share was lost, or counted twice.
-    shares = {"captured_items": "captured", "misses": "misses", "hits": "hits", "forced_prefills": "forced_prefills"}
+    shares = {
+        "captured_items": "captured",
+        "captured_bytes": "captured_bytes",
+        "misses": "misses",
+        "hits": "hits",
+        "forced_prefills": "forced_prefills",
+    }
     assert {name: after[name] for name in shares} == {name: stats[key] for name, key in shares.items()}
     assert after["mapped_bytes"] >= after["held_bytes"] >= embedding(completion).nbytes
     assert after["admitted_requests"] == 0, "a completed request counts as running"

@@ -190,12 +190,15 @@ def test_an_evicted_item_is_loaded_instead_of_encoded_where_that_is_asked_for(su
     [[loaded]], trace = run(engine, request)
     assert loaded.num_cached_tokens == truth.num_cached_tokens == 0
     assert sum(trace.encoded) == 0, "the encoder ran all the same"
-    assert engine.call(capture_stats)["reused"] == 2
+    stats = engine.call(capture_stats)
+    assert stats["reused"] == 2
+    assert loaded.mm_embedding is not None
+    assert loaded.mm_embedding_levels is not None
+    assert stats["reused_bytes"] == loaded.mm_embedding.nbytes + loaded.mm_embedding_levels.nbytes
     assert answer(other) != answer(truth), "the images are not heard: the answer tells nothing"
     assert answer(loaded) == answer(truth), "the language model was given something else than where it was encoded"
     assert_same(loaded, *truth_rows)
     assert_same(truth, *truth_rows)
-    assert loaded.mm_embedding_levels is not None
     assert truth.mm_embedding_levels is not None
     assert torch.equal(loaded.mm_embedding_levels, truth.mm_embedding_levels)
 

@@ -109,12 +109,14 @@ def measure(
         assert {sample.with_embedding for sample in samples} == {expected}, f"embeddings where the plugin is {arm}"
         rate = work.requests * len(samples) / sum(sample.seconds for sample in samples)
         record_property(f"{arm} requests/s", round(rate, 2))
-    captured = rounds.samples[Arm.CAPTURING][0]
-    record_property("MB of embeddings a round", round(captured.nbytes / 1e6, 2))
+    captured = rounds.samples[Arm.CAPTURING]
+    record_property("MB of embeddings a round", round(captured[0].nbytes / 1e6, 2))
+    moved = statistics.median(sample.moved_bytes for sample in captured)
+    record_property("MB moved a round", round(moved / 1e6, 2))
     absent = seconds[Arm.ABSENT]
     if bandwidth is not None:
         record_property("pinned GB/s", round(bandwidth / 1e9, 1))
-        bound = captured.nbytes / bandwidth / statistics.median(absent)
+        bound = moved / bandwidth / statistics.median(absent)
         record_property("copies at that speed, % of the time", round(100 * bound, 3))
     others = [arm for arm in arms if arm != Arm.ABSENT]
     return {

@@ -29,6 +29,7 @@ def item(identifier: str) -> Item:
 
 
 BLOCK = footprint(item("").nbytes)
+CAPTURED = {"captured": 1, "captured_bytes": item("").nbytes, "misses": 1}
 
 
 @pytest.fixture
@@ -68,7 +69,8 @@ def test_a_poll_gives_what_changed_and_then_nothing(capture: SchedulerCapture) -
     assert poll() is None, "a new store is no change"
     handle = run(capture, "a")
     mapped = capture.store.stats().mapped_bytes
-    assert data_of(poll) == {"held_bytes": BLOCK, "mapped_bytes": mapped, "leases": 1, "captured": 1, "misses": 1}
+    gauges = {"held_bytes": BLOCK, "mapped_bytes": mapped, "leases": 1}
+    assert data_of(poll) == {**gauges, **CAPTURED}
     assert poll() is None
     discard(handle)
     capture.store.reap()
@@ -126,7 +128,7 @@ def test_steps_in_quick_succession_are_told_together(capture: SchedulerCapture, 
     run(capture, "b")
     assert poll() is None
     clock.now += 0.02
-    assert data_of(poll) == {"held_bytes": 2 * BLOCK, "leases": 2, "captured": 1, "misses": 1}
+    assert data_of(poll) == {"held_bytes": 2 * BLOCK, "leases": 2, **CAPTURED}
 
 
 def test_the_end_of_the_last_request_is_told_at_once(capture: SchedulerCapture, clock: Clock) -> None:

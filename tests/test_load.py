@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from harness import load, matrix
-from harness.engine import EngineSpec, Interface, Request
+from harness.engine import Arm, EngineSpec, Interface, Request
 from harness.engine_process import Server
 from harness.load import WORKLOADS, Workload
 from harness.media import Media
@@ -99,7 +99,7 @@ def test_small_is_the_same_shape_of_work(workload: Workload) -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, engine: Any, interface: Interface, workload: Workload) -> load.Sample:
-    server = Server(EngineSpec("model", interface=interface), engine)
+    server = Server(EngineSpec("model", Arm.ABSENT, interface), engine)
     monkeypatch.setattr(load, "prompts_and_params", lambda _requests: ([], []))
     load.prepared(server).made_of = (workload, [])
     load.prepared(server).requests = [Request({}), Request({})]
@@ -116,6 +116,23 @@ def test_an_engine_begins_what_is_processed_when_it_has_all_requests(
     sample = run(monkeypatch, llm, Interface.LLM, workload)
     assert [name for name, *_ in llm.mock_calls] == ["sleep", "enqueue", "wake_up", "wait_for_completion"]
     assert sample.seconds < 0.1, "the time of what comes before the engine counts"
+
+
+def test_what_a_round_moves_is_what_the_engine_counted_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"captured_bytes": 700, "reused_bytes": 50}
+
+    async def stats(_server: Server) -> dict[str, int]:
+        return dict(counts)
+
+    async def outputs(_server: Server, _requests: list[Request]) -> list[Any]:
+        counts.update(captured_bytes=1000, reused_bytes=60)
+        return []
+
+    monkeypatch.setattr(Server, "capture_stats", stats)
+    monkeypatch.setattr(load, "final_outputs", outputs)
+    for arm, moved in ((Arm.IDLE, 0), (Arm.CAPTURING, 310)):
+        counts.update(captured_bytes=700, reused_bytes=50)
+        assert asyncio.run(load.run(Server(EngineSpec("model", arm), mock.MagicMock()))).moved_bytes == moved
 
 
 def test_an_engine_does_not_stay_asleep_where_a_request_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,9 +43,11 @@ GAUGES = {
 
 COUNTERS = {
     "captured": Metric("mm_embedding_captured_items", "Items that were copied out of the encoder cache"),
+    "captured_bytes": Metric("mm_embedding_captured_bytes", "Bytes of their rows"),
     "reused": Metric(
         "mm_embedding_reused_items", "Items that were loaded into the encoder cache instead of encoded again"
     ),
+    "reused_bytes": Metric("mm_embedding_reused_bytes", "Bytes of their rows, for one worker"),
     "hits": Metric("mm_embedding_hits", "Items of admitted requests that were held already"),
     "misses": Metric("mm_embedding_misses", "Items of admitted requests that were not"),
     "evictions": Metric("mm_embedding_evictions", "Items that no request needed and that made room for others"),

@@ -107,6 +107,7 @@ class Snapshot(NamedTuple):
     admitted: int
     forced_prefills: int
     reused: int
+    reused_bytes: int
 
     def counts(self) -> dict[str, int]:
         """By name."""
@@ -130,6 +131,7 @@ class SchedulerCapture:
     """Requests whose prefix-cache hit was passed by, because it covered an item that the store does not hold."""
     reused: int = 0
     """Items that were loaded into the encoder cache instead of encoded again."""
+    reused_bytes: int = 0
     _captures: dict[str, _Capture] = field(default_factory=dict)
     _undelivered: dict[str, _Capture] = field(default_factory=dict)  # those of them that have items and had no output
     _failures: dict[str, str] = field(default_factory=dict)
@@ -169,7 +171,8 @@ class SchedulerCapture:
 
     def snapshot(self) -> Snapshot:
         """What `counts` tells, cheap enough for every step."""
-        return Snapshot(self.store.stats(), self._num_admitted(), self.forced_prefills, self.reused)
+        own = self._num_admitted(), self.forced_prefills, self.reused, self.reused_bytes
+        return Snapshot(self.store.stats(), *own)
 
     def ends_with_this_step(self) -> bool:
         """Whether the step whose outputs are being made ends the last of the requests that have not ended."""
@@ -303,6 +306,7 @@ class SchedulerCapture:
         if (loan := self._promised.pop(identifier, None)) is not None:
             self._loans.append(loan)
             self.reused += 1
+            self.reused_bytes += loan.block.nbytes
 
     def request_finished(self, request_id: str) -> None:
         """Lets go of the request's embeddings; within a step after its outputs were delivered."""

@@ -60,6 +60,7 @@ class Stats(NamedTuple):
     leases: int
 
     captured: int
+    captured_bytes: int
     hits: int
     misses: int
     evictions: int
@@ -107,7 +108,8 @@ class EmbeddingStore:
         self._requests: dict[str, list[_Entry]] = {}  # in the request's item order, with repeats
         self._leases: dict[int, tuple[Lease, list[_Entry]]] = {}
         self._loans: dict[Loan, _Entry] = {}
-        self._captured = self._hits = self._misses = self._evictions = self._waits = self._expired = 0
+        self._captured = self._captured_bytes = self._hits = self._misses = 0
+        self._evictions = self._waits = self._expired = 0
         self._reaper: threading.Thread | None = None
         self._closed = threading.Event()
 
@@ -174,6 +176,7 @@ class EmbeddingStore:
                 return None
             entry.dispatched = True
             self._captured += 1
+            self._captured_bytes += entry.block.nbytes
             return entry.block
 
     def deliver(self, request_id: str) -> dict[str, Any]:
@@ -257,6 +260,7 @@ class EmbeddingStore:
                 requests=len(self._requests),
                 leases=len(self._leases),
                 captured=self._captured,
+                captured_bytes=self._captured_bytes,
                 hits=self._hits,
                 misses=self._misses,
                 evictions=self._evictions,
