@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any, cast
 from unittest import mock
 
 import pytest
 
+from harness import pace
 from harness.engine import Engine, EngineError
 from harness.pytest_plugin.benchmarks import Cost, Rounds
 from harness.pytest_plugin.subject import Subject
@@ -76,6 +78,24 @@ def test_a_ratio_that_is_watched_only_fails(recorded: dict[str, Any], monkeypatc
     assert recorded["of all value"] == 1.0
     with pytest.raises(pytest.fail.Exception, match=r"of all: 0.9000 .*: fail"):
         cost.judge("throughput", {"p99": GOOD}, recorded.__setitem__, {"of all": BAD})
+
+
+@pytest.mark.parametrize("slowest", [1.2, 1.8])
+def test_what_is_undecided_tells_of_processors_that_are_not_steady(
+    recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch, slowest: float
+) -> None:
+    on_gpu(monkeypatch, True)
+    samples = itertools.cycle([1e-3, 1e-3, slowest * 1e-3])
+    monkeypatch.setattr(pace, "sample", lambda: next(samples))
+    cost = Cost(cast("Subject", FakeSubject()), 12)
+    benchmark = FakeBenchmark()
+    cost.run(rounds_of("absent capturing", []), benchmark, "a group")
+    assert len(benchmark.extra_info["paces"]) == 3 * 12
+    with pytest.raises(pytest.skip.Exception) as undecided:
+        cost.judge("throughput", {"capturing": NOISY}, recorded.__setitem__)
+    assert recorded["spread of the processors' pace"] == slowest
+    told = f"The same piece of Python took 1.00 to {slowest:.2f} ms between the rounds: most likely others share"
+    assert (told in str(undecided.value)) == (slowest > 1.3)
 
 
 def test_a_cpu_judges_nothing(recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

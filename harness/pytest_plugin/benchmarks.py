@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import pytest
 import torch
 
-from harness import load, peers
+from harness import load, pace, peers
 from harness.engine import Arm, Engine, EngineError, EngineSpec, Interface
 from harness.load import Workload
 from harness.pytest_plugin.subject import Subject
@@ -45,6 +45,7 @@ class Cost:
         starts: how often the engines of a benchmark start.
         session: is ended after a benchmark that the user interrupts.
         not_started: errors of engines that did not start again, raised when what the starts before showed is recorded.
+        paces: of the processors, three between any two rounds.
     """
 
     subject: Subject
@@ -54,6 +55,7 @@ class Cost:
     starts: int = 1
     session: pytest.Session | None = None
     not_started: list[EngineError] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
 
     def arms(
         self,
@@ -111,7 +113,7 @@ class Cost:
         """
         number = self._warm_up(rounds)
         benchmark.group = group
-        benchmark.extra_info.update(began=rounds.began, starts=rounds.starts)
+        benchmark.extra_info.update(began=rounds.began, starts=rounds.starts, paces=self.paces)
 
         def before() -> None:
             if len(rounds.starts) == number * (rounds.start + 1):
@@ -121,6 +123,7 @@ class Cost:
                     self.not_started.append(error)
                     raise _NotStartedError from error
                 rounds.warm_up()
+            self.paces.extend(pace.sample() for _ in range(3))
             rounds.before()
 
         def after() -> None:
@@ -180,6 +183,14 @@ class Cost:
             record_property(f"{name} verdict", str(judgement))
         promised = f"(goal {gate.goal}, interval above {gate.limit})"
         text = "\n".join(f"{name}: {ratios[name]}: {judgement} {promised}" for name, judgement in judgements.items())
+        if self.paces:
+            took = pace.Pace.of(self.paces)
+            record_property("spread of the processors' pace", round(took.spread, 2))
+            if not took.is_steady:
+                text += (
+                    f"\nThe same piece of Python took {took} between the rounds: most likely others share this "
+                    "machine's processors. Let CUDA graphs hold prefill and encoder too, or take another machine."
+                )
         verdicts = {judgement.verdict for judgement in judgements.values()}
         if Verdict.FAIL in verdicts:
             pytest.fail(text, pytrace=False)
