@@ -137,7 +137,7 @@ class Sample:
         with_embedding: completions that carry embeddings.
         rows: of embeddings.
         nbytes: of embeddings.
-        moved_bytes: that went between the GPU and the store: rows that were captured, and that were loaded again.
+        captured_bytes: of rows that were copied out of the GPU; those of items that the store holds are not.
     """
 
     seconds: float
@@ -146,7 +146,7 @@ class Sample:
     with_embedding: int
     rows: int
     nbytes: int
-    moved_bytes: int
+    captured_bytes: int
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,12 @@ class Latencies:
 
 @dataclass
 class Prepared:
-    """The requests of a round, what they were made of, and the outputs that `run` was told to keep."""
+    """The requests of a round, what they were made of, what was captured before, and what `run` was told to keep."""
 
     made_of: tuple[Workload, list[tuple[cases.Part, ...]]] | None = None
     prompts: list[dict[str, Any]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
+    captured_before: int = 0
     outputs: list[Any] = field(default_factory=list)
 
 
@@ -198,12 +199,13 @@ async def prepare(server: Server, spec: ModelSpec, workload: Workload, round_num
     if workload.known and server.spec.interface is Interface.ASYNC_LLM:
         prompts = await rendered(server, prompts)
     round_.requests = [Request(prompt, params) for prompt in prompts]
+    # Here and not where the clock is about to begin: it would wake one engine up and not the others.
+    round_.captured_before = await _captured_bytes(server)
 
 
 async def run(server: Server, keep: bool = False) -> Sample:
     """The prepared requests as one offline batch. `keep`: until `drop`, as a user who collects the outputs does."""
     round_ = prepared(server)
-    moved_before = await _moved_bytes(server)
     if round_.made_of is not None and round_.made_of[0].known:
         outputs, seconds = await _once_all_wait(server, round_.requests)
     else:
@@ -221,14 +223,14 @@ async def run(server: Server, keep: bool = False) -> Sample:
         with_embedding=len(found),
         rows=sum(len(rows) for rows in found),
         nbytes=sum(rows.nbytes for rows in found),
-        moved_bytes=await _moved_bytes(server) - moved_before,
+        captured_bytes=await _captured_bytes(server) - round_.captured_before,
     )
 
 
-async def _moved_bytes(server: Server) -> int:
+async def _captured_bytes(server: Server) -> int:
     """Since the engine started."""
     stats = await server.capture_stats() if server.spec.arm is Arm.CAPTURING else None
-    return stats["captured_bytes"] + stats["reused_bytes"] if stats else 0
+    return stats["captured_bytes"] if stats else 0
 
 
 async def _once_all_wait(server: Server, requests: list[Request]) -> tuple[list[Any], float]:

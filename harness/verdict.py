@@ -15,12 +15,12 @@ import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from scipy import optimize, stats
 
-T = TypeVar("T")
+T = TypeVar("T", contravariant=True)
 
 CONFIDENCE = 0.95
 """Of the two-sided intervals."""
@@ -29,7 +29,7 @@ _RESAMPLES = 499
 """Of a permutation test: the interval's ends are where 2.5 % of them are as extreme."""
 
 _FAR = 100.0
-"""No ratio is further from the one that was found."""
+"""How many times as far from a ratio the end of its interval is looked for."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,16 @@ class Judgement:
         return self.verdict.value
 
 
-def median_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Ratio:
+class Estimate(Protocol[T]):
+    """What gives a ratio."""
+
+    def __call__(self, ours: Sequence[T], theirs: Sequence[T], /, *, interval: bool = True) -> Ratio:
+        """From the rounds of two arms; quick where no interval is wanted."""
+
+
+def median_ratio(
+    ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray, *, interval: bool = True
+) -> Ratio:
     """Median over the rounds of ours/theirs, with the exact interval from order statistics (scipy's quantile_test).
 
     Raises:
@@ -102,31 +111,38 @@ def median_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | n
     if len(ours) != len(theirs):
         raise ValueError(f"rounds come in pairs: {len(ours)} and {len(theirs)}")
     ratios = _positive(ours) / _positive(theirs)
-    interval = stats.quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)
-    low, high = (float(interval.low), float(interval.high))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        low, high = -math.inf, math.inf
+    low, high = -math.inf, math.inf
+    if interval:
+        found = stats.quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)
+        if math.isfinite(found.low) and math.isfinite(found.high):
+            low, high = float(found.low), float(found.high)
     return Ratio(float(np.median(ratios)), low, high, len(ratios))
 
 
 def pooled_ratio(
-    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], statistic: Callable[[np.ndarray], float]
+    ours: Sequence[Sequence[float]],
+    theirs: Sequence[Sequence[float]],
+    statistic: Callable[[np.ndarray], float],
+    *,
+    interval: bool = True,
 ) -> Ratio:
     """statistic(all samples of ours) / statistic(all of theirs), for what one round holds too few samples of, as a p99.
 
     The interval holds the ratios that a permutation test (scipy's) does not reject: were the arms alike but for such a
     ratio, each round could as well have been the other arm's (P. Good, Permutation, Parametric, and Bootstrap Tests of
-    Hypotheses, 2005). A p99 is that of a few rounds, and a bootstrap, which draws them again, trusts them too much: of
-    recorded rounds that differ by nothing it was sure of a loss seven to fifteen times in a hundred.
+    Hypotheses, 2005). A p99 is that of a few rounds, and a bootstrap, which draws them again, trusts them too much.
 
     Raises:
-        ValueError: not as many rounds of both, or no round.
+        ValueError: not as many rounds of both, or no round, or a statistic that is not a positive number.
     """
     if len(ours) != len(theirs) or not ours:
         raise ValueError(f"rounds come in pairs: {len(ours)} and {len(theirs)}")
     rounds, arms = len(ours), [[np.asarray(samples, dtype=float) for samples in arm] for arm in (ours, theirs)]
-    value = statistic(np.concatenate(arms[0])) / statistic(np.concatenate(arms[1]))
-    if rounds < FEWEST:
+    found = [statistic(np.concatenate(samples)) for samples in arms]
+    if not all(math.isfinite(number) and number > 0 for number in found):
+        raise ValueError(f"a ratio needs positive numbers, not {found[0]} and {found[1]}")
+    value = found[0] / found[1]
+    if rounds < FEWEST or not interval:
         return Ratio(value, -math.inf, math.inf, rounds)
 
     def excess(logarithm: float, alternative: str) -> float:
@@ -147,11 +163,15 @@ def pooled_ratio(
         )
         return float(test.pvalue) - (1 - CONFIDENCE) / 2
 
-    low, high = (
-        math.exp(optimize.bisect(excess, math.log(value), math.log(end * value), args=(alternative,), xtol=5e-4))
-        for end, alternative in ((1 / _FAR, "greater"), (_FAR, "less"))
-    )
-    return Ratio(value, low, high, rounds)
+    def end(factor: float, alternative: str) -> float:
+        near, far = math.log(value), math.log(factor * value)
+        if excess(near, alternative) <= 0:  # rounds that are all alike
+            return value
+        if excess(far, alternative) >= 0:  # one round is as far from the others as nothing is that costs
+            return math.inf if factor > 1 else 0.0
+        return math.exp(optimize.bisect(excess, near, far, args=(alternative,), xtol=5e-4))
+
+    return Ratio(value, end(1 / _FAR, "greater"), end(_FAR, "less"), rounds)
 
 
 FEWEST = 6
@@ -163,7 +183,7 @@ between starts is often one of two states, and of two or three of them an interv
 def over_starts(
     starts: Sequence[int],
     wanted: int,
-    estimate: Callable[[Sequence[T], Sequence[T]], Ratio],
+    estimate: Estimate[T],
     numerator: Sequence[T],
     denominator: Sequence[T],
 ) -> Ratio:
@@ -186,7 +206,7 @@ def over_starts(
     if wanted == 1:
         return estimate(numerator, denominator)
     rounds = [[index for index, start in enumerate(starts) if start == each] for each in sorted(set(starts))]
-    ratios = [estimate([numerator[i] for i in of], [denominator[i] for i in of]) for of in rounds]
+    ratios = [estimate([numerator[i] for i in of], [denominator[i] for i in of], interval=False) for of in rounds]
     logarithms = np.log([ratio.value for ratio in ratios])
     low, high = -math.inf, math.inf
     if len(ratios) > 1:

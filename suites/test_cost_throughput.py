@@ -111,12 +111,12 @@ def measure(
         record_property(f"{arm} requests/s", round(rate, 2))
     captured = rounds.samples[Arm.CAPTURING]
     record_property("MB of embeddings a round", round(captured[0].nbytes / 1e6, 2))
-    moved = statistics.median(sample.moved_bytes for sample in captured)
-    record_property("MB moved a round", round(moved / 1e6, 2))
+    copied = statistics.median(sample.captured_bytes for sample in captured)
+    record_property("MB copied a round", round(copied / 1e6, 2))
     absent = seconds[Arm.ABSENT]
     if bandwidth is not None:
         record_property("pinned GB/s", round(bandwidth / 1e9, 1))
-        bound = moved / bandwidth / statistics.median(absent)
+        bound = copied / bandwidth / statistics.median(absent)
         record_property("copies at that speed, % of the time", round(100 * bound, 3))
     others = [arm for arm in arms if arm != Arm.ABSENT]
     return {

@@ -144,6 +144,18 @@ def test_the_end_of_the_last_request_is_told_at_once(capture: SchedulerCapture, 
     capture.begin_update()
     capture.request_finished("b")
     assert data_of(poll) == {"admitted": 0}
+    capture.end_update([])
+    run(capture, "c")
+    assert poll() is None, "the end is told once"
+
+
+def test_the_abort_of_the_last_request_is_told_by_the_next_step(capture: SchedulerCapture, clock: Clock) -> None:
+    poll = Poll(capture)
+    capture._captures["a"] = SimpleNamespace()  # type: ignore[assignment]
+    assert data_of(poll) == {"admitted": 1}
+    clock.now += 0.01
+    capture.request_finished("a")
+    assert data_of(poll) == {"admitted": 0}
 
 
 @pytest.fixture

@@ -118,21 +118,25 @@ def test_an_engine_begins_what_is_processed_when_it_has_all_requests(
     assert sample.seconds < 0.1, "the time of what comes before the engine counts"
 
 
-def test_what_a_round_moves_is_what_the_engine_counted_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = {"captured_bytes": 700, "reused_bytes": 50}
+def test_what_a_round_copies_is_what_the_engine_counted_since_it_was_prepared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts = {"captured_bytes": 700}
 
     async def stats(_server: Server) -> dict[str, int]:
         return dict(counts)
 
     async def outputs(_server: Server, _requests: list[Request]) -> list[Any]:
-        counts.update(captured_bytes=1000, reused_bytes=60)
+        counts.update(captured_bytes=1000)
         return []
 
     monkeypatch.setattr(Server, "capture_stats", stats)
     monkeypatch.setattr(load, "final_outputs", outputs)
-    for arm, moved in ((Arm.IDLE, 0), (Arm.CAPTURING, 310)):
-        counts.update(captured_bytes=700, reused_bytes=50)
-        assert asyncio.run(load.run(Server(EngineSpec("model", arm), mock.MagicMock()))).moved_bytes == moved
+    for arm, copied in ((Arm.IDLE, 0), (Arm.CAPTURING, 300)):
+        counts.update(captured_bytes=700)
+        server = Server(EngineSpec("model", arm), mock.MagicMock())
+        asyncio.run(load.prepare(server, matrix.load_all()["qwen3_vl"], dataclasses.replace(TINY, requests=0), 0))
+        assert asyncio.run(load.run(server)).captured_bytes == copied
 
 
 def test_an_engine_does_not_stay_asleep_where_a_request_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +181,7 @@ def test_async_llm_gets_what_is_processed_rendered_anew_each_round(
         return [{"type": "multimodal", "round": len(rounds)} for _ in prompts]
 
     monkeypatch.setattr(load, "rendered", render)
-    server = Server(EngineSpec("model", interface=interface), mock.MagicMock())
+    server = Server(EngineSpec("model", Arm.ABSENT, interface), mock.MagicMock())
     workload = dataclasses.replace(TINY, processed=processed)
     for number in (1, 2):
         asyncio.run(load.prepare(server, matrix.load_all()["qwen3_vl"], workload, number))

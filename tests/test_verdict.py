@@ -104,6 +104,40 @@ def test_the_pooled_interval_covers_the_truth(monkeypatch: pytest.MonkeyPatch) -
     assert covered >= 29
 
 
+@pytest.mark.parametrize("rounds", [6, 12])
+def test_the_pooled_interval_is_no_wider_than_the_noise(rounds: int) -> None:
+    rng = np.random.default_rng(8)
+    ours, theirs = 1 + 0.02 * rng.random((2, rounds, 20))
+    ratio = pooled_ratio(list(0.9 * ours), list(theirs), p99)
+    assert judge(ratio, GATE).verdict is Verdict.FAIL
+    assert 0.88 < ratio.low < ratio.value < ratio.high < 0.92
+    quick = pooled_ratio(list(0.9 * ours), list(theirs), p99, interval=False)
+    assert (quick.value, quick.high) == (ratio.value, math.inf)
+
+
+@pytest.mark.parametrize("rounds", [6, 8, 12])
+def test_rounds_that_are_all_alike(rounds: int) -> None:
+    ratio = pooled_ratio([[3.0]] * rounds, [[1.0]] * rounds, p99)
+    assert ratio.low == pytest.approx(3.0, rel=1e-3)
+    assert ratio.high == pytest.approx(3.0, rel=1e-3)
+
+
+def test_a_round_that_stalls_for_a_hundred_times_as_long_decides_nothing() -> None:
+    rng = np.random.default_rng(9)
+    ours, theirs = 1 + 0.02 * rng.random((2, 12, 20))
+    theirs[3] *= 300
+    ratio = pooled_ratio(list(ours), list(theirs), p99)
+    assert ratio.low < ratio.value < 0.01
+    assert ratio.high == math.inf
+    assert judge(ratio, GATE).verdict is Verdict.UNDECIDED
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
+def test_a_pooled_statistic_that_is_no_time(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"a ratio needs positive numbers, not .* and 1\.0"):
+        pooled_ratio([[bad]] * 6, [[1.0]] * 6, p99)
+
+
 def test_the_pooled_interval_draws_whole_rounds() -> None:
     """Samples of a round go up and down together: taken one by one, they would pass for many more than there are."""
     rng = np.random.default_rng(4)

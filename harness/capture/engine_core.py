@@ -86,7 +86,7 @@ def install_stats() -> None:
     from vllm.v1.engine.core import EngineCore
 
     def mm_embedding_stats(self: EngineCore) -> dict[str, int] | None:
-        """Counts of the store (store.Stats) and of forced prefills; None where capture is off."""
+        """SchedulerCapture.stats(); None where capture is off."""
         capture = _capture_of(self.scheduler)
         return None if capture is None else capture.stats()
 

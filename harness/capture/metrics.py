@@ -97,20 +97,23 @@ frontend's event loop; nobody looks as often as an engine steps."""
 class Poll:
     """Finds what changed in the store between calls.
 
-    Says so at most every 0.1 s, and in any case when the last request that is captured ends: no step may follow.
+    Says so at most every 0.1 s, and in any case in the first step after the last multimodal request has ended, or in
+    the one that ends it: no other may follow.
     """
 
     def __init__(self, capture: SchedulerCapture) -> None:
         self._capture = capture
         self._last = capture.snapshot()
         self._next = 0.0  # time.monotonic
+        self._ended = capture.num_ended
 
     def __call__(self) -> Changes | None:
         """The changes since they were told last; None if there are none, or it is not yet time."""
         asked = time.monotonic()
-        if asked < self._next and not self._capture.ends_with_this_step():
+        ended = self._capture.num_ended
+        if asked < self._next and (ended == self._ended or self._capture.num_admitted()):
             return None
-        self._next = asked + _POLL_SECONDS
+        self._next, self._ended = asked + _POLL_SECONDS, ended
         before, self._last = self._last, self._capture.snapshot()
         if self._last == before:
             return None

@@ -132,6 +132,8 @@ class SchedulerCapture:
     reused: int = 0
     """Items that were loaded into the encoder cache instead of encoded again."""
     reused_bytes: int = 0
+    num_ended: int = 0
+    """Requests that were admitted, since the engine started."""
     _captures: dict[str, _Capture] = field(default_factory=dict)
     _undelivered: dict[str, _Capture] = field(default_factory=dict)  # those of them that have items and had no output
     _failures: dict[str, str] = field(default_factory=dict)
@@ -171,14 +173,11 @@ class SchedulerCapture:
 
     def snapshot(self) -> Snapshot:
         """What `counts` tells, cheap enough for every step."""
-        own = self._num_admitted(), self.forced_prefills, self.reused, self.reused_bytes
+        own = self.num_admitted(), self.forced_prefills, self.reused, self.reused_bytes
         return Snapshot(self.store.stats(), *own)
 
-    def ends_with_this_step(self) -> bool:
-        """Whether the step whose outputs are being made ends the last of the requests that have not ended."""
-        return bool(self._ended) and not self._num_admitted()
-
-    def _num_admitted(self) -> int:
+    def num_admitted(self) -> int:
+        """Multimodal requests that were let in and have not ended."""
         # A request that ends in this step is gone for vLLM: its own metrics do not count it as running.
         return len(self._captures) - sum(request_id in self._captures for request_id in self._ended or ())
 
@@ -310,9 +309,13 @@ class SchedulerCapture:
 
     def request_finished(self, request_id: str) -> None:
         """Lets go of the request's embeddings; within a step after its outputs were delivered."""
+        self.num_ended += request_id in self._captures
         if self._ended is not None:
             self._ended.append(request_id)
-            return
+        else:
+            self._let_go(request_id)
+
+    def _let_go(self, request_id: str) -> None:
         self._captures.pop(request_id, None)
         self._undelivered.pop(request_id, None)
         self._failures.pop(request_id, None)
@@ -337,7 +340,7 @@ class SchedulerCapture:
             self.store.end_loan(loan)
         ended, self._ended = self._ended or [], None
         for request_id in ended:
-            self.request_finished(request_id)
+            self._let_go(request_id)
 
     def _deliver(self, output: EngineCoreOutput) -> None:
         if (failure := self._failures.get(output.request_id)) is not None:

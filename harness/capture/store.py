@@ -50,7 +50,8 @@ class Item(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """The store now (upper part), and what happened since it was made (lower part). Bytes count whole blocks."""
+    """The store now (upper part), and what happened since it was made (lower part). Bytes that are held count
+    whole blocks; `captured_bytes` counts rows."""
 
     held_bytes: int
     cached_bytes: int
