@@ -20,7 +20,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 from scipy import optimize, stats
 
-T = TypeVar("T", contravariant=True)
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
 
 CONFIDENCE = 0.95
 """Of the two-sided intervals."""
@@ -93,10 +94,10 @@ class Judgement:
         return self.verdict.value
 
 
-class Estimate(Protocol[T]):
+class Estimate(Protocol[T_contra]):
     """What gives a ratio."""
 
-    def __call__(self, ours: Sequence[T], theirs: Sequence[T], /, *, interval: bool = True) -> Ratio:
+    def __call__(self, ours: Sequence[T_contra], theirs: Sequence[T_contra], /, *, interval: bool = True) -> Ratio:
         """From the rounds of two arms; quick where no interval is wanted."""
 
 
@@ -167,7 +168,7 @@ def pooled_ratio(
         near, far = math.log(value), math.log(factor * value)
         if excess(near, alternative) <= 0:  # rounds that are all alike
             return value
-        if excess(far, alternative) >= 0:  # one round is as far from the others as nothing is that costs
+        if excess(far, alternative) >= 0:  # a round that stalled: it may hide any ratio
             return math.inf if factor > 1 else 0.0
         return math.exp(optimize.bisect(excess, near, far, args=(alternative,), xtol=5e-4))
 

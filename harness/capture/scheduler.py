@@ -133,7 +133,7 @@ class SchedulerCapture:
     """Items that were loaded into the encoder cache instead of encoded again."""
     reused_bytes: int = 0
     num_ended: int = 0
-    """Requests that were admitted, since the engine started."""
+    """Of the requests that were admitted."""
     _captures: dict[str, _Capture] = field(default_factory=dict)
     _undelivered: dict[str, _Capture] = field(default_factory=dict)  # those of them that have items and had no output
     _failures: dict[str, str] = field(default_factory=dict)

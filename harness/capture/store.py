@@ -50,8 +50,10 @@ class Item(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """The store now (upper part), and what happened since it was made (lower part). Bytes that are held count
-    whole blocks; `captured_bytes` counts rows."""
+    """The store now (upper part), and what happened since it was made (lower part).
+
+    Bytes count whole blocks, but for `captured_bytes`, which are of rows.
+    """
 
     held_bytes: int
     cached_bytes: int
