@@ -66,7 +66,7 @@ class Ratio:
     unit: str = "rounds"
 
     def __str__(self) -> str:
-        if not math.isfinite(self.high):
+        if not math.isfinite(self.low):  # an end at infinity is one
             return f"{self.value:.4f} ({self.samples} {self.unit}, too few for an interval)"
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] ({self.samples} {self.unit})"
 

@@ -104,23 +104,15 @@ def test_a_request_that_ends_in_this_step_is_not_counted_as_admitted(capture: Sc
     assert poll() is None
 
 
-class Clock:
-    """Instead of the time module."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(metrics, "time", made)
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Time for the metrics, which a test moves on."""
+    made = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: made.now))
     return made
 
 
-def test_steps_in_quick_succession_are_told_together(capture: SchedulerCapture, clock: Clock) -> None:
+def test_steps_in_quick_succession_are_told_together(capture: SchedulerCapture, clock: SimpleNamespace) -> None:
     poll = Poll(capture)
     run(capture, "a")
     assert data_of(poll)["captured"] == 1, "the first one is told at once"
@@ -131,7 +123,7 @@ def test_steps_in_quick_succession_are_told_together(capture: SchedulerCapture, 
     assert data_of(poll) == {"held_bytes": 2 * BLOCK, "leases": 2, **CAPTURED}
 
 
-def test_the_end_of_the_last_request_is_told_at_once(capture: SchedulerCapture, clock: Clock) -> None:
+def test_the_end_of_the_last_request_is_told_at_once(capture: SchedulerCapture, clock: SimpleNamespace) -> None:
     poll = Poll(capture)
     for name in "ab":
         capture._captures[name] = SimpleNamespace()  # type: ignore[assignment]
@@ -149,7 +141,9 @@ def test_the_end_of_the_last_request_is_told_at_once(capture: SchedulerCapture, 
     assert poll() is None, "the end is told once"
 
 
-def test_the_abort_of_the_last_request_is_told_by_the_next_step(capture: SchedulerCapture, clock: Clock) -> None:
+def test_the_abort_of_the_last_request_is_told_by_the_next_step(
+    capture: SchedulerCapture, clock: SimpleNamespace
+) -> None:
     poll = Poll(capture)
     capture._captures["a"] = SimpleNamespace()  # type: ignore[assignment]
     assert data_of(poll) == {"admitted": 1}

@@ -129,6 +129,7 @@ def test_a_round_that_stalls_for_a_hundred_times_as_long_decides_nothing() -> No
     ratio = pooled_ratio(list(ours), list(theirs), p99)
     assert ratio.low < ratio.value < 0.01
     assert ratio.high == math.inf
+    assert str(ratio).endswith(", inf] (12 rounds)")
     assert judge(ratio, GATE).verdict is Verdict.UNDECIDED
 
 

@@ -103,7 +103,7 @@ class Poll:
 
     def __init__(self, capture: SchedulerCapture) -> None:
         self._capture = capture
-        self._last = capture.snapshot()
+        self._last = capture.counts()
         self._next = 0.0  # time.monotonic
         self._ended = capture.num_ended
 
@@ -114,13 +114,11 @@ class Poll:
         if asked < self._next and (ended == self._ended or self._capture.num_admitted()):
             return None
         self._next, self._ended = asked + _POLL_SECONDS, ended
-        before, self._last = self._last, self._capture.snapshot()
-        if self._last == before:
-            return None
-        last, now = before.counts(), self._last.counts()
+        now = self._capture.counts()
+        last, self._last = self._last, now
         data = {key: now[key] for key in GAUGES if now[key] != last[key]}
         data |= {key: now[key] - last[key] for key in COUNTERS if now[key] != last[key]}
-        return Changes(data)
+        return Changes(data) if data else None
 
 
 class PromMetrics(ECConnectorPromMetrics):

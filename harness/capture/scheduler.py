@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata
 from vllm.logger import init_logger
@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from harness.capture.arena import Arena
 from harness.capture.reader import pack, read
 from harness.capture.settings import CaptureSettings, RequestOptions
-from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, Loan, Stats
+from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, Loan
 from harness.capture.transport import Address, Block, SegmentId, TransportError, whereabouts
 
 if TYPE_CHECKING:
@@ -100,21 +100,6 @@ def _error(message: str, status: HTTPStatus = HTTPStatus.INTERNAL_SERVER_ERROR) 
     return {"error": message, "status": int(status)}
 
 
-class Snapshot(NamedTuple):
-    """Counts of one moment: the store's, requests that have not ended, and those of SchedulerCapture."""
-
-    store: Stats
-    admitted: int
-    forced_prefills: int
-    reused: int
-    reused_bytes: int
-
-    def counts(self) -> dict[str, int]:
-        """By name."""
-        own = self._asdict()
-        return {**own.pop("store")._asdict(), **own}
-
-
 @dataclass
 class SchedulerCapture:
     """The scheduler's half of the connector; its methods are called from the connector's methods of like names.
@@ -169,12 +154,13 @@ class SchedulerCapture:
 
     def counts(self) -> dict[str, int]:
         """The same, without a look at the leases, of which some may be done."""
-        return self.snapshot().counts()
-
-    def snapshot(self) -> Snapshot:
-        """What `counts` tells, cheap enough for every step."""
-        own = self.num_admitted(), self.forced_prefills, self.reused, self.reused_bytes
-        return Snapshot(self.store.stats(), *own)
+        return {
+            **self.store.stats()._asdict(),
+            "admitted": self.num_admitted(),
+            "forced_prefills": self.forced_prefills,
+            "reused": self.reused,
+            "reused_bytes": self.reused_bytes,
+        }
 
     def num_admitted(self) -> int:
         """Multimodal requests that were let in and have not ended."""

@@ -185,8 +185,7 @@ def metrics_count_totals() -> None:
         def poll(self: Any) -> Any:
             changes = original(self)
             if changes is not None:
-                now = self._last.counts()
-                changes.data.update({key: now[key] for key in changes.data if key in COUNTERS})
+                changes.data.update({key: self._last[key] for key in changes.data if key in COUNTERS})
             return changes
 
         return poll
