@@ -51,6 +51,7 @@ def delivered(capture: SchedulerCapture, reader: str | None, worker: str = "copi
     step = SchedulerOutput.make_empty()
     step.num_scheduled_tokens = {"r": request.num_tokens}
     plan = capture.plan(step)
+    assert plan is not None
     writer = Writer(plan.owner)
     for item, block in plan.copies:
         if worker == "copies":

@@ -538,10 +538,21 @@ def test_generations_of_two_arenas_are_far_apart(arena: Arena) -> None:
 
 def test_slots_are_used_again(arena: Arena) -> None:
     for _ in range(100):
-        _lease, handle = lease_of(arena, allocate(arena, 1))
+        lease, handle = lease_of(arena, allocate(arena, 1))
+        assert lease.slot == 0
         discard(handle)
         arena.reap()
-        assert os.fstat(arena.address.ledger.fd).st_size == 16
+
+
+def test_the_ledger_grows(arena: Arena, writer: Writer) -> None:
+    """Leases that were granted before can be read and ended afterwards."""
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    handles = [lease_of(arena, block)[1] for _ in range(600)]
+    for handle in (handles[0], handles[300], handles[-1]):
+        assert torch.equal(read(handle), make_rows(1))
+    assert [lease.slot for lease in arena.reap()[0]] == [0, 300, 599]
+    assert arena.lease().slot in {0, 300, 599}
 
 
 # --- stale readers ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from typing import Any
 from harness.capture.transport import (
     FAILED,
     SLOT_BYTES,
-    WORD,
     Address,
     Block,
     Lease,
@@ -81,6 +80,41 @@ class _Segment:
         os.close(self.id.fd)
 
 
+class _Ledger:
+    """The slots of the leases, of two words: the owner's (a lease's generation, or 0) and the reader's, which ends it.
+
+    Mapped, because a lease is granted, looked at and withdrawn while the engine's step waits, and a system call takes
+    most of that time.
+    """
+
+    def __init__(self) -> None:
+        self.id = _memfd("vllm-mm-embedding-ledger", mmap.PAGESIZE)
+        self._map()
+
+    def _map(self) -> None:
+        self._pages = mmap.mmap(self.id.fd, 0)
+        self._words = memoryview(self._pages).cast("Q")  # a word is written and read at once
+
+    def _unmap(self) -> None:
+        self._words.release()
+        self._pages.close()
+
+    def write(self, slot: int, generation: int) -> None:
+        while 2 * slot >= len(self._words):
+            nbytes = 2 * len(self._pages)
+            self._unmap()
+            os.ftruncate(self.id.fd, nbytes)
+            self._map()
+        self._words[2 * slot] = generation
+
+    def read(self, num_slots: int) -> bytes:
+        return self._pages[: num_slots * SLOT_BYTES]
+
+    def close(self) -> None:
+        self._unmap()
+        os.close(self.id.fd)
+
+
 class Arena:
     """Owner side: blocks in memfd segments, and the ledger of leases. Not thread-safe.
 
@@ -108,17 +142,18 @@ class Arena:
         self._retain_seconds = retain_seconds
         self._segments: dict[SegmentId, _Segment] = {}  # oldest first: filled first, so that the newest drain
         self._blocks: dict[int, Block] = {}
-        self._made: list[SegmentId] = []
         self._last_use = 0.0  # time.monotonic
         self._next_generation = 1 + secrets.randbits(61)
         self._leases: dict[int, Lease] = {}
         self._free_slots: list[int] = []
         self._num_slots = 0
         self._looked_at = b""  # the ledger, when `reap` went through it
+        self.made: list[SegmentId] = []  # since `take_made`
         self.held_bytes = 0
         self.mapped_bytes = 0  # size of all segments; above the cap only while fragments of blocks in use force it
         self._closed = False
-        ledger = _memfd("vllm-mm-embedding-ledger", 0)
+        self._ledger = _Ledger()
+        ledger = self._ledger.id
         started = process_start(os.getpid())
         assert started is not None
         self.address = Address(os.getpid(), started, os.fstat(ledger.fd).st_dev, ledger)
@@ -146,7 +181,7 @@ class Arena:
             segment = _Segment(round_up(max(needed, min(size, room)), mmap.PAGESIZE))
             self._segments[segment.id] = segment
             self.mapped_bytes += segment.nbytes
-            self._made.append(segment.id)
+            self.made.append(segment.id)
         block = Block(segment.id, segment.take(needed), nbytes, self._generation())
         self._blocks[block.generation] = block
         self._last_use = time.monotonic()
@@ -192,7 +227,7 @@ class Arena:
 
     def take_made(self) -> list[SegmentId]:
         """The segments made since the last call and still there, for Writer.prepare."""
-        made, self._made = [segment for segment in self._made if segment in self._segments], []
+        made, self.made = [segment for segment in self.made if segment in self._segments], []
         return made
 
     def lease(self) -> Lease:
@@ -203,7 +238,7 @@ class Arena:
             slot, self._num_slots = self._num_slots, self._num_slots + 1
         self._last_use = time.monotonic()
         lease = Lease(slot, self._generation(), self._last_use + self._lease_seconds)
-        os.pwrite(self.address.ledger.fd, lease.generation.to_bytes(WORD, "little") + bytes(WORD), slot * SLOT_BYTES)
+        self._ledger.write(slot, lease.generation)
         self._leases[lease.generation] = lease
         return lease
 
@@ -222,14 +257,14 @@ class Arena:
     def withdraw(self, lease: Lease) -> None:
         """Ends a lease: from now on its reader gets BlockGone. Nothing happens if it has ended before."""
         if self._leases.pop(lease.generation, None) is not None:
-            write_word(self.address.ledger.fd, lease.slot * SLOT_BYTES, 0)
+            self._ledger.write(lease.slot, 0)
             self._free_slots.append(lease.slot)
 
     def reap(self) -> tuple[list[Lease], list[Lease]]:
         """Ends the leases that are done and those that have expired, and returns both lists."""
         if not self._leases:
             return [], []
-        ledger = os.pread(self.address.ledger.fd, self._num_slots * SLOT_BYTES, 0)
+        ledger = self._ledger.read(self._num_slots)
         now = time.monotonic()
         # Leases are in the order of their deadlines. A step may admit many requests, and each of them asks.
         if ledger == self._looked_at and now < next(iter(self._leases.values())).deadline:
@@ -255,7 +290,7 @@ class Arena:
             self._give_back(segment)
         self._blocks.clear()
         self.held_bytes = 0
-        os.close(self.address.ledger.fd)
+        self._ledger.close()
 
     def _generation(self) -> int:
         self._next_generation += 1

@@ -37,6 +37,10 @@ class MMEmbeddingConnector(ECConnectorBase):
         self._encoder_cache: dict[str, torch.Tensor] = {}
         self.capture: Any = SchedulerCapture.of(vllm_config) if role is ECConnectorRole.SCHEDULER else WorkerCapture()
         self._poll = Poll(self.capture) if isinstance(self.capture, SchedulerCapture) else None
+        # Without a plan the V2 model runner leaves the connector out of the step. The V1 model runner insists on one.
+        self._no_plan: StepPlan | None = None
+        if isinstance(self.capture, SchedulerCapture) and not vllm_config.use_v2_model_runner:
+            self._no_plan = self.capture.empty_plan()
 
     def shutdown(self) -> None:
         self.capture.close()
@@ -70,9 +74,9 @@ class MMEmbeddingConnector(ECConnectorBase):
         admitted: bool = self.capture.admit(request, num_computed_tokens)
         return admitted
 
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ECConnectorMetadata:
-        plan: StepPlan = self.capture.plan(scheduler_output)
-        return plan
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ECConnectorMetadata | None:
+        plan: StepPlan | None = self.capture.plan(scheduler_output)
+        return self._no_plan if plan is None else plan
 
     def take_unavailable_requests(self) -> set[str]:
         unavailable: set[str] = self.capture.take_unavailable_requests()

@@ -239,8 +239,10 @@ class SchedulerCapture:
         """Requests that the scheduler must end with an error."""
         return set(self._failures)
 
-    def plan(self, scheduler_output: SchedulerOutput) -> StepPlan:
+    def plan(self, scheduler_output: SchedulerOutput) -> StepPlan | None:
         """The copies of this step: every item that has rows among the scheduled tokens and was not copied before.
+
+        None if the worker has nothing to do in it, as in most steps.
 
         The worker reads them where the model does, from its encoder cache after the encoder ran: computed in this step,
         by another request or for the second time, it is there.
@@ -264,6 +266,15 @@ class SchedulerCapture:
         self._promised.clear()
         # In a step without tokens vLLM's V1 runner does not show the plan to its worker.
         made = self.store.take_made() if scheduler_output.total_num_scheduled_tokens else []
+        return self._step_plan(copies, loads, made) if copies or loads or made else None
+
+    def empty_plan(self) -> StepPlan:
+        """Of a step in which there is nothing to do, for a worker that needs one."""
+        return self._step_plan([], [], [])
+
+    def _step_plan(
+        self, copies: list[tuple[Item, Block]], loads: list[tuple[Item, Block]], made: list[SegmentId]
+    ) -> StepPlan:
         return StepPlan(self._arena.address, copies, loads, self.settings.reuse, made)
 
     def _loadable(self, capture: _Capture) -> dict[str, Item]:

@@ -249,6 +249,8 @@ class EmbeddingStore:
 
     def take_made(self) -> list[SegmentId]:
         """The segments that the arena made since the last call: send them to Writer.prepare with the next step."""
+        if not self._arena.made:  # asked at every step
+            return []
         with self._lock:
             return self._arena.take_made()
 
