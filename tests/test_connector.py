@@ -6,18 +6,25 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
 
 from harness.capture.connector import MMEmbeddingConnector, transfer_config
 from harness.capture.scheduler import SchedulerCapture, StepPlan
 from harness.capture.settings import CaptureSettings
+from harness.capture.writer import Writer
+
+WIDTH, NUM_ROWS = 8, 5
 
 
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> SchedulerCapture:
-    capture = SchedulerCapture(CaptureSettings(True, 0, 1 << 20), 8, 0, "bfloat16")
+    capture = SchedulerCapture(CaptureSettings(True, 1 << 20, 1 << 20, reuse=True), WIDTH, 0, "bfloat16")
     monkeypatch.setattr(SchedulerCapture, "of", lambda _config: capture)
     return capture
 
@@ -25,6 +32,18 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> SchedulerCapture:
 def connector(role: ECConnectorRole, use_v2_model_runner: bool) -> MMEmbeddingConnector:
     config = SimpleNamespace(ec_transfer_config=transfer_config(), use_v2_model_runner=use_v2_model_runner)
     return MMEmbeddingConnector(cast(VllmConfig, config), role)
+
+
+def request(name: str) -> Request:
+    feature = MultiModalFeatureSpec(None, "image", "item", PlaceholderRange(1, NUM_ROWS), "item")
+    return Request(name, list(range(1 + NUM_ROWS)), SamplingParams(max_tokens=1), None, mm_features=[feature])
+
+
+def step(**num_scheduled_tokens: int) -> SchedulerOutput:
+    output = SchedulerOutput.make_empty()
+    output.num_scheduled_tokens = num_scheduled_tokens
+    output.total_num_scheduled_tokens = sum(num_scheduled_tokens.values())
+    return output
 
 
 @pytest.mark.usefixtures("capture")
@@ -37,7 +56,30 @@ def test_a_step_with_nothing_to_do_has_no_plan() -> None:
 def test_a_worker_with_the_v1_model_runner_gets_an_empty_one(capture: SchedulerCapture) -> None:
     made = connector(ECConnectorRole.SCHEDULER, use_v2_model_runner=False)
     plan = made.build_connector_meta(SchedulerOutput.make_empty())
-    assert plan == StepPlan(capture._arena.address, [], [], False, [])
+    assert plan == StepPlan(capture._arena.address, [], [], True, [])
+    made.shutdown()
+
+
+def test_copies_loads_and_new_memory_each_make_a_plan(capture: SchedulerCapture) -> None:
+    made = connector(ECConnectorRole.SCHEDULER, use_v2_model_runner=True)
+    first = request("first")
+    assert made.ensure_cache_available(first, 0)
+    prepares = made.build_connector_meta(step(another=1))
+    copies = made.build_connector_meta(step(first=first.num_tokens))
+    assert isinstance(prepares, StepPlan)
+    assert isinstance(copies, StepPlan)
+    [(item, block)] = copies.copies
+    assert prepares == StepPlan(capture._arena.address, [], [], True, [block.segment])
+    assert copies == StepPlan(capture._arena.address, [(item, block)], [], True, [])
+    Writer(copies.owner).write(block, torch.zeros(NUM_ROWS, WIDTH, dtype=torch.bfloat16))
+
+    second = request("second")
+    assert made.ensure_cache_available(second, 0)
+    assert made.has_cache_item("item")
+    made.update_state_after_alloc(second, 0)
+    loads = made.build_connector_meta(step(second=second.num_tokens))
+    assert loads == StepPlan(capture._arena.address, [], [(item, block)], True, [])
+    assert made.build_connector_meta(step(first=1, second=1)) is None
     made.shutdown()
 
 
