@@ -126,6 +126,17 @@ def ask(client: openai.OpenAI, max_completion_tokens: int = 5, **options: Any) -
 ASKED: dict[str, Any] = {"extra_body": {"vllm_xargs": {"return_mm_embedding": True}}}
 
 
+def shown(server: tuple[subprocess.Popen[bytes], str]) -> dict[str, float]:
+    """The metrics, by name."""
+    families = text_string_to_metric_families(httpx.get(f"{server[1]}/metrics").text)
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def used(values: dict[str, float]) -> float:
+    """Items of the requests that were captured; the image may be held from the tests before."""
+    return sum(values[f"vllm:mm_embedding_{name}_total"] for name in ("hits", "misses"))
+
+
 def test_the_json_is_unchanged_unless_asked(client: openai.OpenAI) -> None:
     plain, asked = ask(client).model_dump(), ask(client, **ASKED).model_dump()
     assert "mm_embedding" not in str(plain), "the JSON has mm_embedding although the request did not ask for it"
@@ -157,18 +168,23 @@ def test_it_is_the_embedding(client: openai.OpenAI, subject: Subject) -> None:
     torch.testing.assert_close(rows.float(), truth.float(), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.clause("C12")
+def test_beams_have_none(server: tuple[subprocess.Popen[bytes], str], client: openai.OpenAI) -> None:
+    """vLLM makes their completions in the server, of a request for each token of each beam."""
+    beams: dict[str, Any] = {"use_beam_search": True, "n": 2}
+    with pytest.raises(openai.BadRequestError, match="return_mm_embedding and use_beam_search are asked for"):
+        ask(client, extra_body={**beams, **ASKED["extra_body"]})
+    before = shown(server)
+    assert len(ask(client, extra_body=beams).choices) == 2
+    ask(client, **ASKED)  # the metrics are told when it has ended
+    assert used(shown(server)) == used(before) + 1, "requests of a beam search were captured"
+
+
 @pytest.mark.clause("C15")
 def test_the_metrics_show_what_is_captured(server: tuple[subprocess.Popen[bytes], str], client: openai.OpenAI) -> None:
-    def shown() -> dict[str, float]:
-        families = text_string_to_metric_families(httpx.get(f"{server[1]}/metrics").text)
-        return {sample.name: sample.value for family in families for sample in family.samples}
-
-    def used(values: dict[str, float]) -> float:  # the image may be held from the tests before
-        return sum(values[f"vllm:mm_embedding_{name}_total"] for name in ("hits", "misses"))
-
-    before = shown()
+    before = shown(server)
     rows = decode(ask(client, **ASKED).choices[0].mm_embedding)
-    after = shown()
+    after = shown(server)
     assert used(after) == used(before) + 1, "/metrics does not count the item"
     assert after["vllm:mm_embedding_captured_items_total"] == 1, "one image, captured once"
     assert after["vllm:mm_embedding_held_bytes"] >= rows.nbytes

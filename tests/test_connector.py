@@ -29,14 +29,20 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> SchedulerCapture:
     return capture
 
 
-def connector(role: ECConnectorRole, use_v2_model_runner: bool) -> MMEmbeddingConnector:
-    config = SimpleNamespace(ec_transfer_config=transfer_config(), use_v2_model_runner=use_v2_model_runner)
+def connector(
+    role: ECConnectorRole, use_v2_model_runner: bool = True, worker: str = "vllm.v1.worker.gpu_worker.Worker"
+) -> MMEmbeddingConnector:
+    config = SimpleNamespace(
+        ec_transfer_config=transfer_config(),
+        parallel_config=SimpleNamespace(worker_cls=worker),
+        use_v2_model_runner=use_v2_model_runner,
+    )
     return MMEmbeddingConnector(cast(VllmConfig, config), role)
 
 
-def request(name: str) -> Request:
-    feature = MultiModalFeatureSpec(None, "image", "item", PlaceholderRange(1, NUM_ROWS), "item")
-    return Request(name, list(range(1 + NUM_ROWS)), SamplingParams(max_tokens=1), None, mm_features=[feature])
+def request(name: str, num_rows: int = NUM_ROWS) -> Request:
+    feature = MultiModalFeatureSpec(None, "image", "item", PlaceholderRange(1, num_rows), "item")
+    return Request(name, list(range(1 + num_rows)), SamplingParams(max_tokens=1), None, mm_features=[feature])
 
 
 def step(**num_scheduled_tokens: int) -> SchedulerOutput:
@@ -48,20 +54,23 @@ def step(**num_scheduled_tokens: int) -> SchedulerOutput:
 
 @pytest.mark.usefixtures("capture")
 def test_a_step_with_nothing_to_do_has_no_plan() -> None:
-    made = connector(ECConnectorRole.SCHEDULER, use_v2_model_runner=True)
+    made = connector(ECConnectorRole.SCHEDULER)
     assert made.build_connector_meta(SchedulerOutput.make_empty()) is None
     made.shutdown()
 
 
-def test_a_worker_with_the_v1_model_runner_gets_an_empty_one(capture: SchedulerCapture) -> None:
-    made = connector(ECConnectorRole.SCHEDULER, use_v2_model_runner=False)
+@pytest.mark.parametrize("other", [{"use_v2_model_runner": False}, {"worker": "theirs.Worker"}])
+def test_a_worker_that_may_have_another_model_runner_gets_an_empty_one(
+    capture: SchedulerCapture, other: dict[str, Any]
+) -> None:
+    made = connector(ECConnectorRole.SCHEDULER, **other)
     plan = made.build_connector_meta(SchedulerOutput.make_empty())
     assert plan == StepPlan(capture._arena.address, [], [], True, [])
     made.shutdown()
 
 
 def test_copies_loads_and_new_memory_each_make_a_plan(capture: SchedulerCapture) -> None:
-    made = connector(ECConnectorRole.SCHEDULER, use_v2_model_runner=True)
+    made = connector(ECConnectorRole.SCHEDULER)
     first = request("first")
     assert made.ensure_cache_available(first, 0)
     prepares = made.build_connector_meta(step(another=1))
@@ -86,7 +95,7 @@ def test_copies_loads_and_new_memory_each_make_a_plan(capture: SchedulerCapture)
 def test_the_v2_model_runner_leaves_the_connector_out_of_a_step_without_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """What vLLM does is the reason that a plan may be None."""
     module = pytest.importorskip("vllm.v1.worker.gpu.ec_connector")
-    made = connector(ECConnectorRole.WORKER, use_v2_model_runner=True)
+    made = connector(ECConnectorRole.WORKER)
     monkeypatch.setattr(module, "get_ec_transfer", lambda: made)
 
     def called(*args: Any, **kwargs: Any) -> None:
@@ -97,3 +106,26 @@ def test_the_v2_model_runner_leaves_the_connector_out_of_a_step_without_a_plan(m
     runner = module.ActiveECConnector(SimpleNamespace(), {})
     with runner.maybe_get_output(SchedulerOutput.make_empty()) as output:
         assert output is None
+
+
+def test_a_promise_is_for_one_item(capture: SchedulerCapture) -> None:
+    """A user may give an identifier to two items. The request whom the first was promised got no room in this step."""
+    made = connector(ECConnectorRole.SCHEDULER)
+    first, other, second = request("first"), request("other", NUM_ROWS + 1), request("second")
+    assert made.ensure_cache_available(first, 0)
+    copies = made.build_connector_meta(step(first=first.num_tokens))
+    assert isinstance(copies, StepPlan)
+    [(_item, block)] = copies.copies
+    Writer(copies.owner).write(block, torch.zeros(NUM_ROWS, WIDTH, dtype=torch.bfloat16))
+    assert made.ensure_cache_available(second, 0)
+    assert made.has_cache_item("item")
+    assert made.ensure_cache_available(other, 0)
+    assert not made.has_cache_item("item"), "the rows are another item's"
+    made.update_state_after_alloc(other, 0)
+    assert made.ensure_cache_available(second, 0)
+    assert made.has_cache_item("item")
+    plan = made.build_connector_meta(step(other=other.num_tokens))
+    assert isinstance(plan, StepPlan)
+    assert ([item.num_rows for item, _ in plan.copies], plan.loads) == ([NUM_ROWS + 1], [])
+    assert capture.reused == 0
+    made.shutdown()

@@ -13,7 +13,7 @@ import torch
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request
 
 from harness.capture import frontend, scheduler
@@ -121,10 +121,14 @@ def test_what_no_message_holds_is_an_error(capture: SchedulerCapture, monkeypatc
     assert_nothing_is_held(capture)
 
 
-def told(features: list[MultiModalFeatureSpec], params: SamplingParams | None, enabled: bool = True) -> Any:
+def told(
+    features: list[MultiModalFeatureSpec], params: SamplingParams | None, enabled: bool = True, server: bool = False
+) -> Any:
     """The frontend's request, whose parameters vLLM has copied as they asked for."""
     options = SimpleNamespace(enable_return_mm_embedding=enabled)
-    processor = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=options))
+    processor: Any = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=options))
+    if server:
+        frontend.capture_only_if_asked(processor)
     request = SimpleNamespace(mm_features=features, sampling_params=params and params.clone())
     return frontend._tell_where(lambda _processor: request)(processor)
 
@@ -149,6 +153,28 @@ def test_nothing_is_told_where_nothing_is_captured() -> None:
     assert told([feature("a", 0)], opted_out).sampling_params.extra_args == opted_out.extra_args
     # A client cannot say that an embedding is expected of its text.
     assert not told([], SamplingParams(extra_args={READER: "anywhere"})).sampling_params.extra_args
+
+
+def test_a_server_captures_what_asks_for_it() -> None:
+    unsaid, asked = SamplingParams(), SamplingParams(extra_args={"return_mm_embedding": True})
+    silent = told([feature("a", 0)], unsaid, server=True).sampling_params.extra_args
+    assert silent == {"return_mm_embedding": False}
+    assert told([], unsaid, server=True).sampling_params.extra_args == silent, "a session may have items later"
+    assert told([feature("a", 0)], unsaid, enabled=False, server=True).sampling_params.extra_args is None
+    found = told([feature("a", 0)], asked, server=True).sampling_params.extra_args
+    assert found == {"return_mm_embedding": True, READER: whereabouts()}
+
+
+def test_an_error_of_vllms_own_is_left_to_it(capture: SchedulerCapture) -> None:
+    """It may end a request before its items were computed."""
+    request = Request("r", [0], SamplingParams(max_tokens=1), None, mm_features=[feature("a", 1)])
+    assert capture.admit(request, 0)
+    output = EngineCoreOutput("r", [], finish_reason=FinishReason.ERROR)
+    capture.begin_update()
+    capture.request_finished("r")
+    capture.end_update([EngineCoreOutputs(outputs=[output])])
+    assert output.ec_transfer_params is None
+    assert_nothing_is_held(capture)
 
 
 def test_prompt_embeds_among_a_chats_parts_are_not_expected() -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import itertools
+import mmap
 import multiprocessing
 import os
 import subprocess
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -553,6 +555,19 @@ def test_the_ledger_grows(arena: Arena, writer: Writer) -> None:
         assert torch.equal(read(handle), make_rows(1))
     assert [lease.slot for lease in arena.reap()[0]] == [0, 300, 599]
     assert arena.lease().slot in {0, 300, 599}
+
+
+def test_a_ledger_that_cannot_grow_keeps_its_leases(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    leases = [arena.lease() for _ in range(256)]
+    for module, name in ((os, "ftruncate"), (mmap, "mmap")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, mock.Mock(side_effect=OSError("no room")))
+            with pytest.raises(OSError, match="no room"):
+                arena.lease()
+    arena.withdraw(leases[0])
+    assert arena.reap() == ([], [])
+    assert arena.lease().slot == 0
+    assert arena.lease().slot > 255
 
 
 # --- stale readers ---------------------------------------------------------------------------------------------------

@@ -95,23 +95,27 @@ class _Ledger:
         self._pages = mmap.mmap(self.id.fd, 0)
         self._words = memoryview(self._pages).cast("Q")  # a word is written and read at once
 
-    def _unmap(self) -> None:
-        self._words.release()
-        self._pages.close()
-
     def write(self, slot: int, generation: int) -> None:
-        while 2 * slot >= len(self._words):
-            nbytes = 2 * len(self._pages)
-            self._unmap()
-            os.ftruncate(self.id.fd, nbytes)
-            self._map()
+        if slot * SLOT_BYTES >= len(self._pages):
+            self._grow(slot)
         self._words[2 * slot] = generation
+
+    def _grow(self, slot: int) -> None:
+        nbytes = len(self._pages)
+        while slot * SLOT_BYTES >= nbytes:
+            nbytes *= 2
+        os.ftruncate(self.id.fd, nbytes)
+        pages, words = self._pages, self._words
+        self._map()  # may fail: the leases that there are need the old one then
+        words.release()
+        pages.close()
 
     def read(self, num_slots: int) -> bytes:
         return self._pages[: num_slots * SLOT_BYTES]
 
     def close(self) -> None:
-        self._unmap()
+        self._words.release()
+        self._pages.close()
         os.close(self.id.fd)
 
 

@@ -37,9 +37,9 @@ class MMEmbeddingConnector(ECConnectorBase):
         self._encoder_cache: dict[str, torch.Tensor] = {}
         self.capture: Any = SchedulerCapture.of(vllm_config) if role is ECConnectorRole.SCHEDULER else WorkerCapture()
         self._poll = Poll(self.capture) if isinstance(self.capture, SchedulerCapture) else None
-        # Without a plan the V2 model runner leaves the connector out of the step. The V1 model runner insists on one.
+        # Without a plan vLLM's V2 model runner leaves the connector out of the step; others insist on one.
         self._no_plan: StepPlan | None = None
-        if isinstance(self.capture, SchedulerCapture) and not vllm_config.use_v2_model_runner:
+        if isinstance(self.capture, SchedulerCapture) and not _has_v2_model_runner(vllm_config):
             self._no_plan = self.capture.empty_plan()
 
     def shutdown(self) -> None:
@@ -98,6 +98,12 @@ class MMEmbeddingConnector(ECConnectorBase):
     @classmethod
     def build_prom_metrics(cls, *args: Any, **kwargs: Any) -> PromMetrics:
         return PromMetrics(*args, **kwargs)
+
+
+def _has_v2_model_runner(vllm_config: VllmConfig) -> bool:
+    """Whether the workers certainly have it: one that is not vLLM's own may have any."""
+    worker = vllm_config.parallel_config.worker_cls
+    return vllm_config.use_v2_model_runner and isinstance(worker, str) and worker.startswith("vllm.")
 
 
 def transfer_config() -> ECTransferConfig:

@@ -20,7 +20,7 @@ from vllm.v1.engine import FinishReason
 from harness.capture import reader
 from harness.capture.patches import Patch
 from harness.capture.scheduler import DELIVERY, encoded_features
-from harness.capture.settings import READER, CaptureSettings, RequestOptions
+from harness.capture.settings import READER, RETURN, CaptureSettings, RequestOptions
 from harness.capture.transport import TransportError, whereabouts
 
 if TYPE_CHECKING:
@@ -70,6 +70,15 @@ class _Embeddings:
     rows: Tensor
     levels: Tensor | None
     items: list[MMEmbeddingItem]
+
+
+_ONLY_IF_ASKED = "_mm_embedding_only_if_asked"
+"""Attribute of an InputProcessor: a request that does not say whether it is to be captured is not."""
+
+
+def capture_only_if_asked(processor: InputProcessor) -> None:
+    """Of the requests that this processor makes from now on; else those are captured that do not say no."""
+    setattr(processor, _ONLY_IF_ASKED, True)
 
 
 _FAILURES = "_mm_embedding_failures"
@@ -127,12 +136,11 @@ def _tell_where(original: Callable[..., Any]) -> Callable[..., Any]:
         if params is None:
             return request
         given = params.extra_args or {}
+        enabled = getattr(options, "enable_return_mm_embedding", False)
         # The parameters are vLLM's copy, but it may be a shallow one: a new dictionary each time.
-        if (
-            getattr(options, "enable_return_mm_embedding", False)
-            and RequestOptions.of(given).capture
-            and encoded_features(request.mm_features or [])
-        ):
+        if enabled and RETURN not in given and getattr(self, _ONLY_IF_ASKED, False):
+            given = params.extra_args = {**given, RETURN: False}
+        if enabled and RequestOptions.of(given).capture and encoded_features(request.mm_features or []):
             params.extra_args = {**given, READER: whereabouts()}
         elif READER in given:  # from a client, whom nobody asked
             params.extra_args = {name: value for name, value in given.items() if name != READER}

@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from harness.capture.frontend import capture_only_if_asked
 from harness.capture.patches import Patch
 from harness.capture.settings import RETURN, RequestOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from vllm.engine.protocol import EngineClient
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.outputs import CompletionOutput, RequestOutput
 
 
@@ -50,19 +53,20 @@ def _fields(completion: CompletionOutput) -> dict[str, Any]:
 
 def _only_if_asked(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        params = original(self, *args, **kwargs)
-        params.extra_args = {RETURN: False, **(params.extra_args or {})}
-        return params
+    def initialise(self: OpenAIServingModels, engine_client: EngineClient, *args: Any, **kwargs: Any) -> None:
+        original(self, engine_client, *args, **kwargs)
+        capture_only_if_asked(engine_client.input_processor)
 
-    return to_sampling_params
+    return initialise
 
 
 def _is_asked(request: ChatCompletionRequest) -> bool:
     return RequestOptions.of({RETURN: False, **(request.vllm_xargs or {})}).capture
 
 
-def _refusal(serving: OpenAIServingChat) -> str | None:
+def _refusal(serving: OpenAIServingChat, request: ChatCompletionRequest) -> str | None:
+    if request.use_beam_search:
+        return f"{RETURN} and use_beam_search are asked for, and beams have no embeddings: leave one of the two out."
     if getattr(serving.model_config.multimodal_config, "enable_return_mm_embedding", False):
         return None
     return f"{RETURN} is asked for, but the server captures no embeddings: start it with --enable-return-mm-embedding."
@@ -94,7 +98,7 @@ def _full(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if not _is_asked(request):
             return await original(self, request, result_generator, *args, **kwargs)
-        if (refusal := _refusal(self)) is not None:
+        if (refusal := _refusal(self, request)) is not None:
             return self.create_error_response(refusal)
         finished = _Finished(result_generator)
         response = await original(self, request, finished, *args, **kwargs)
@@ -119,7 +123,7 @@ def _streaming(original: Callable[..., Any]) -> Callable[..., Any]:
             async for event in original(self, request, result_generator, *args, **kwargs):
                 yield event
             return
-        if (refusal := _refusal(self)) is not None:
+        if (refusal := _refusal(self, request)) is not None:
             yield f"data: {self.create_streaming_error_response(refusal)}\n\n"
             yield "data: [DONE]\n\n"
             return
@@ -148,19 +152,12 @@ _GENERATOR = ("self", "request", "result_generator", "request_id", "model_name",
 
 PATCHES = (
     Patch(
-        f"{_CHAT}.protocol",
-        "ChatCompletionRequest.to_sampling_params",
-        ("self", "max_tokens", "default_sampling_params"),
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels.__init__",
+        ("self", "engine_client", "base_model_paths", "lora_modules"),
         _only_if_asked,
-        "A response that does not carry the embeddings should not cost their capture.",
-        _REMOVE_WHEN,
-    ),
-    Patch(
-        "vllm.entrypoints.openai.responses.protocol",
-        "ResponsesRequest.to_sampling_params",
-        ("self", "default_max_tokens", "default_sampling_params"),
-        _only_if_asked,
-        "Likewise; the responses API does not return embeddings.",
+        "A response that does not carry the embeddings should not cost their capture, nor fail for it. Every server "
+        "makes one of these of its engine's client, whatever APIs it has.",
         _REMOVE_WHEN,
     ),
     Patch(

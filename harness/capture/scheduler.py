@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata
 from vllm.logger import init_logger
+from vllm.v1.engine import FinishReason
 
 from harness.capture.arena import Arena
 from harness.capture.reader import pack, read
@@ -291,11 +292,18 @@ class SchedulerCapture:
         A yes is a promise, for which the item is held from now on: vLLM does not encode it then, and it must not be
         evicted before the worker reads it.
         """
-        if identifier not in self._promised and (item := self._asked.get(identifier)) is not None:
+        if (item := self._asked.get(identifier)) is None:
+            return False
+        loan = self._promised.get(identifier)
+        if loan is not None and loan.item != item:
+            # Another request's, which got no room and will ask again. A user may give one identifier to two items.
+            self.store.end_loan(self._promised.pop(identifier))
+            loan = None
+        if loan is None:
             loan = self.store.lend(item)
             if loan is not None:
                 self._promised[identifier] = loan
-        return identifier in self._promised
+        return loan is not None
 
     def allocated(self, identifier: str) -> None:
         """The encoder cache has room for the item: this step loads it if that was promised, or else encodes it."""
@@ -347,6 +355,8 @@ class SchedulerCapture:
             if capture is None:
                 return
             if self.store.pending(output.request_id):
+                if output.finish_reason is FinishReason.ERROR:  # vLLM's own, before the prefill was over
+                    return
                 # Not reached as far as known. Loud all the same: never a silent None.
                 failure = f"Request {output.request_id} has no mm_embedding: an item was not captured."
                 logger.error(failure)
