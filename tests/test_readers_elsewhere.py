@@ -156,11 +156,11 @@ def test_nothing_is_told_where_nothing_is_captured() -> None:
 
 
 def test_a_server_captures_what_asks_for_it() -> None:
-    unsaid, asked = SamplingParams(), SamplingParams(extra_args={"return_mm_embedding": True})
+    unsaid, asked = SamplingParams(extra_args={"other": 1}), SamplingParams(extra_args={"return_mm_embedding": True})
     silent = told([feature("a", 0)], unsaid, server=True).sampling_params.extra_args
-    assert silent == {"return_mm_embedding": False}
+    assert silent == {"return_mm_embedding": False, "other": 1}
     assert told([], unsaid, server=True).sampling_params.extra_args == silent, "a session may have items later"
-    assert told([feature("a", 0)], unsaid, enabled=False, server=True).sampling_params.extra_args is None
+    assert told([feature("a", 0)], unsaid, enabled=False, server=True).sampling_params.extra_args == unsaid.extra_args
     found = told([feature("a", 0)], asked, server=True).sampling_params.extra_args
     assert found == {"return_mm_embedding": True, READER: whereabouts()}
 

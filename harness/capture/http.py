@@ -72,6 +72,18 @@ def _refusal(serving: OpenAIServingChat, request: ChatCompletionRequest) -> str 
     return f"{RETURN} is asked for, but the server captures no embeddings: start it with --enable-return-mm-embedding."
 
 
+def _refuse(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def create_chat_completion(
+        self: OpenAIServingChat, request: ChatCompletionRequest, *args: Any, **kwargs: Any
+    ) -> Any:
+        if _is_asked(request) and (refusal := _refusal(self, request)) is not None:
+            return self.create_error_response(refusal)
+        return await original(self, request, *args, **kwargs)
+
+    return create_chat_completion
+
+
 class _Finished:
     """Passes a request's outputs on and keeps the fields of its finished choices, by index."""
 
@@ -98,8 +110,6 @@ def _full(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if not _is_asked(request):
             return await original(self, request, result_generator, *args, **kwargs)
-        if (refusal := _refusal(self, request)) is not None:
-            return self.create_error_response(refusal)
         finished = _Finished(result_generator)
         response = await original(self, request, finished, *args, **kwargs)
         for choice in getattr(response, "choices", ()):
@@ -122,10 +132,6 @@ def _streaming(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _is_asked(request):
             async for event in original(self, request, result_generator, *args, **kwargs):
                 yield event
-            return
-        if (refusal := _refusal(self, request)) is not None:
-            yield f"data: {self.create_streaming_error_response(refusal)}\n\n"
-            yield "data: [DONE]\n\n"
             return
         finished = _Finished(result_generator)
         async for event in original(self, request, finished, *args, **kwargs):
@@ -158,6 +164,15 @@ PATCHES = (
         _only_if_asked,
         "A response that does not carry the embeddings should not cost their capture, nor fail for it. Every server "
         "makes one of these of its engine's client, whatever APIs it has.",
+        _REMOVE_WHEN,
+    ),
+    Patch(
+        f"{_CHAT}.serving",
+        "OpenAIServingChat.create_chat_completion",
+        ("self", "request", "raw_request"),
+        _refuse,
+        "What cannot be returned is refused before the media are processed: the processor's cache believes that the "
+        "engine has got what it has seen, and the next request for the same would fail.",
         _REMOVE_WHEN,
     ),
     Patch(
