@@ -57,12 +57,12 @@ def _shared_files(pid: int) -> dict[tuple[int, int], int]:
 
 
 def mapped_bytes(pid: int, name: str) -> int:
-    """Bytes of address space at which the process maps files whose name begins so; 0 if it has ended."""
+    """Bytes of address space at which the process maps files of that name; 0 if it has ended."""
     found = 0
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             addresses, *_, path = line.split(maxsplit=5)
-            if path.startswith(name):
+            if path.removesuffix(" (deleted)") == name:  # as a memfd always is
                 start, stop = (int(address, 16) for address in addresses.split("-"))
                 found += stop - start
     return found

@@ -39,7 +39,7 @@ def forget(server: Server) -> None:
 
 
 def mapped_by_a_process(pid: int) -> int:
-    """Bytes of the plugin's shared memory: of the process of the tree that maps the most."""
+    """Bytes of the plugin's segments: of the process of the tree that maps the most."""
     return max(mapped_bytes(process.pid, "/memfd:vllm-mm-embedding") for process in tree(pid))
 
 
@@ -72,6 +72,7 @@ def test_cpu_memory(cost: Cost, record_property: Callable[[str, object], None]) 
                 engine.call(load.prepare, cost.subject.spec, work, batch)
                 live += engine.call(load.run, True).nbytes
             time.sleep(1.0)
+            assert (mapped_by_a_process(engine.pid) > 0) == (arm == Arm.CAPTURING)
             grown[arm] = cpu_bytes(engine.pid) - before
         left[arm] = settled(engine) - before
         for name, value in (("grown", grown[arm]), ("peak", watch.peak - before), ("after drain", left[arm])):
