@@ -52,6 +52,16 @@ def step(**num_scheduled_tokens: int) -> SchedulerOutput:
     return output
 
 
+def copied(made: MMEmbeddingConnector, asked: Request) -> StepPlan:
+    """The plan of the step that prefills the request, whose item's rows are there now."""
+    assert made.ensure_cache_available(asked, 0)
+    plan = made.build_connector_meta(step(**{asked.request_id: asked.num_tokens}))
+    assert isinstance(plan, StepPlan)
+    for item, block in plan.copies:
+        Writer(plan.owner).write(block, torch.zeros(item.num_rows, item.width, dtype=torch.bfloat16))
+    return plan
+
+
 @pytest.mark.usefixtures("capture")
 def test_a_step_with_nothing_to_do_has_no_plan() -> None:
     made = connector(ECConnectorRole.SCHEDULER)
@@ -74,13 +84,10 @@ def test_copies_loads_and_new_memory_each_make_a_plan(capture: SchedulerCapture)
     first = request("first")
     assert made.ensure_cache_available(first, 0)
     prepares = made.build_connector_meta(step(another=1))
-    copies = made.build_connector_meta(step(first=first.num_tokens))
-    assert isinstance(prepares, StepPlan)
-    assert isinstance(copies, StepPlan)
+    copies = copied(made, first)
     [(item, block)] = copies.copies
     assert prepares == StepPlan(capture._arena.address, [], [], True, [block.segment])
     assert copies == StepPlan(capture._arena.address, [(item, block)], [], True, [])
-    Writer(copies.owner).write(block, torch.zeros(NUM_ROWS, WIDTH, dtype=torch.bfloat16))
 
     second = request("second")
     assert made.ensure_cache_available(second, 0)
@@ -112,11 +119,7 @@ def test_a_promise_is_for_one_item(capture: SchedulerCapture) -> None:
     """A user may give an identifier to two items. The request whom the first was promised got no room in this step."""
     made = connector(ECConnectorRole.SCHEDULER)
     first, other, second = request("first"), request("other", NUM_ROWS + 1), request("second")
-    assert made.ensure_cache_available(first, 0)
-    copies = made.build_connector_meta(step(first=first.num_tokens))
-    assert isinstance(copies, StepPlan)
-    [(_item, block)] = copies.copies
-    Writer(copies.owner).write(block, torch.zeros(NUM_ROWS, WIDTH, dtype=torch.bfloat16))
+    assert len(copied(made, first).copies) == 1
     assert made.ensure_cache_available(second, 0)
     assert made.has_cache_item("item")
     assert made.ensure_cache_available(other, 0)
