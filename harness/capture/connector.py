@@ -71,8 +71,9 @@ class MMEmbeddingConnector(ECConnectorBase):
         self.capture.allocated(request.mm_features[index].identifier)
 
     def ensure_cache_available(self, request: Request, num_computed_tokens: int) -> bool:
-        admitted: bool = self.capture.admit(request, num_computed_tokens)
-        return admitted
+        # Asked at every step for every multimodal request that runs, of which most are settled.
+        capture: SchedulerCapture = self.capture
+        return request.request_id in capture.settled or capture.admit(request, num_computed_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ECConnectorMetadata | None:
         plan: StepPlan | None = self.capture.plan(scheduler_output)

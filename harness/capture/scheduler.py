@@ -15,7 +15,7 @@ from vllm.v1.engine import FinishReason
 from harness.capture.arena import Arena
 from harness.capture.reader import pack, read
 from harness.capture.settings import CaptureSettings, RequestOptions
-from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, Loan
+from harness.capture.store import EmbeddingStore, Item, ItemTooLarge, Loan, NotDispatched
 from harness.capture.transport import Address, Block, SegmentId, TransportError, whereabouts
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def num_levels(model_config: ModelConfig) -> int:
     return 0
 
 
-@dataclass
+@dataclass(slots=True)
 class _Capture:
     """A request that is being captured, from its admission to its end."""
 
@@ -120,6 +120,8 @@ class SchedulerCapture:
     reused_bytes: int = 0
     num_ended: int = 0
     """Of the requests that were admitted."""
+    settled: set[str] = field(default_factory=set)
+    """The admitted requests that `admit` answers yes to until they end, and has nothing to do for."""
     _captures: dict[str, _Capture] = field(default_factory=dict)
     _undelivered: dict[str, _Capture] = field(default_factory=dict)  # those of them that have items and had no output
     _failures: dict[str, str] = field(default_factory=dict)
@@ -231,7 +233,13 @@ class SchedulerCapture:
             capture = _Capture(request, items, features, options.levels, reader=options.reader)
             self._undelivered[request.request_id] = capture
         self._captures[request.request_id] = capture
+        if not features:
+            self._settle(request.request_id)
         return capture
+
+    def _settle(self, request_id: str) -> None:
+        if not self.settings.reuse:  # else `admit` says which items of the request may be loaded
+            self.settled.add(request_id)
 
     def _fail(self, request: Request, reason: str) -> None:
         self._failures[request.request_id] = f"Request {request.request_id} has no mm_embedding: {reason}."
@@ -324,6 +332,7 @@ class SchedulerCapture:
         self._captures.pop(request_id, None)
         self._undelivered.pop(request_id, None)
         self._failures.pop(request_id, None)
+        self.settled.discard(request_id)
         self.store.release(request_id)
 
     def begin_update(self) -> None:
@@ -354,7 +363,9 @@ class SchedulerCapture:
             capture = self._undelivered.pop(output.request_id, None)
             if capture is None:
                 return
-            if self.store.pending(output.request_id):
+            try:
+                handle = self.store.deliver(output.request_id)
+            except NotDispatched:
                 if output.finish_reason is FinishReason.ERROR:  # vLLM's own, before the prefill was over
                     return
                 # Not reached as far as known. Loud all the same: never a silent None.
@@ -364,7 +375,7 @@ class SchedulerCapture:
                 self.store.release(output.request_id)
             else:
                 delivery = {
-                    **self._rows(output.request_id, capture),
+                    **self._rows(output.request_id, handle, capture),
                     "hidden_size": self.hidden_size,
                     "items": [
                         [feature.modality, item.num_rows, item.identifier]
@@ -372,22 +383,23 @@ class SchedulerCapture:
                     ],
                     "levels": capture.levels,
                 }
+            self._settle(output.request_id)
         output.ec_transfer_params = {**(output.ec_transfer_params or {}), DELIVERY: delivery}
 
-    def _rows(self, request_id: str, capture: _Capture) -> dict[str, Any]:
+    def _rows(self, request_id: str, handle: dict[str, Any], capture: _Capture) -> dict[str, Any]:
         """The handle of the rows; for a frontend that cannot open this process's memory the rows themselves."""
         if capture.reader in (None, whereabouts()):
-            return {"handle": self.store.deliver(request_id)}
+            return {"handle": handle}
         logger.info_once(
             "Embeddings go through the sockets, which is slower than shared memory, because a frontend is on another "
             "host, in another container or another user's."
         )
         if (nbytes := sum(item.nbytes for item in capture.items)) > _MESSAGE_BYTES:
-            self.store.release(request_id)
+            self.store.cancel(handle)
             failure = f"Request {request_id} has no mm_embedding: {nbytes} bytes are too many for a message."
             return _error(failure, HTTPStatus.BAD_REQUEST)
         try:
-            return {"rows": pack(read(self.store.deliver(request_id), _STAMP_SECONDS))}
+            return {"rows": pack(read(handle, _STAMP_SECONDS))}
         except TransportError as error:
             return _error(f"Request {request_id} has no mm_embedding: {error}.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -148,8 +148,7 @@ CONNECTOR = "MMEmbeddingConnector"
 """Name of the encoder-cache connector that captures, as in ECTransferConfig.ec_connector."""
 
 
-@dataclass(frozen=True)
-class RequestOptions:
+class RequestOptions(NamedTuple):
     """What one request asks for.
 
     Attributes:

@@ -7,6 +7,7 @@ frontend ends. What nobody holds stays, up to `cache_bytes`, for a later request
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -46,7 +47,13 @@ class Item(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the rows."""
-        return self.num_rows * self.width * getattr(torch, self.dtype).itemsize
+        return self.num_rows * self.width * _itemsize(self.dtype)
+
+
+@functools.cache
+def _itemsize(dtype: str) -> int:
+    itemsize: int = getattr(torch, dtype).itemsize
+    return itemsize
 
 
 class Stats(NamedTuple):
@@ -84,6 +91,7 @@ class _Entry:
     item: Item
     block: Block
     dispatched: bool = False
+    copied: bool = False  # as far as known: the worker's stamp was seen
     # Request ids (str), generations of leases (int) and loans.
     holders: set[str | int | Loan] = field(default_factory=set)
 
@@ -129,19 +137,11 @@ class EmbeddingStore:
         with self._lock:
             if request_id in self._requests:
                 return True
-            sizes = {item: footprint(item.nbytes) for item in items}
-            if (total := sum(sizes.values())) > self._arena.capacity_bytes:
-                raise ItemTooLarge(
-                    f"the embeddings of request {request_id} take {total} bytes, more than the capture's cap of "
-                    f"{self._arena.capacity_bytes} bytes: raise the cap or send fewer items"
-                )
             self._reap()
-            entries = {item: self._find_or_forget(item) for item in sizes}
+            entries = {item: self._find_or_forget(item) for item in items}
             found = [entry for entry in entries.values() if entry is not None]
             missing = [item for item, entry in entries.items() if entry is None]
-            evictable = self._cached_bytes - sum(entry.nbytes for entry in found if not entry.holders)
-            needed = sum(sizes[item] for item in missing)
-            if self._arena.held_bytes - evictable + needed > self._arena.capacity_bytes:
+            if missing and not self._has_room(request_id, found, missing):
                 self._waits += 1
                 return False
             self._hits += len(found)
@@ -169,7 +169,7 @@ class EmbeddingStore:
         """The request's items that are not dispatched, in prompt order, without repeats."""
         with self._lock:
             entries = self._requests.get(request_id, [])
-            return list(dict.fromkeys(entry.item for entry in entries if not entry.dispatched))
+            return list(dict.fromkeys([entry.item for entry in entries if not entry.dispatched]))
 
     def dispatch(self, request_id: str, item: Item) -> Block | None:
         """The block to which the worker has to copy the item in the step being built; None if a step did before."""
@@ -192,13 +192,15 @@ class EmbeddingStore:
             entries = self._requests.get(request_id)
             if entries is None:
                 raise NotDispatched(f"request {request_id} holds no embeddings: acquire its items first")
-            if not all(entry.dispatched for entry in entries):
-                raise NotDispatched(f"request {request_id} has items that no step has copied: dispatch them first")
+            for entry in entries:
+                if not entry.dispatched:
+                    raise NotDispatched(f"request {request_id} has items that no step has copied: dispatch them first")
             lease = self._arena.lease()
             self._leases[lease.generation] = (lease, entries)
+            del self._requests[request_id]
             for entry in entries:
                 entry.holders.add(lease.generation)
-            self._release(request_id)
+                entry.holders.discard(request_id)  # maybe already: an item may occur again in its request
             self._start_reaper()
             spans = [Span(entry.block, entry.item.num_rows, entry.item.width, entry.item.dtype) for entry in entries]
             return self._arena.handle(lease, spans)
@@ -207,7 +209,7 @@ class EmbeddingStore:
         """Holds an item whose rows are in its block until `end_loan`; None if they are not."""
         with self._lock:
             entry = self._index.get(item)
-            if entry is None or not entry.dispatched or not self._arena.stamped(entry.block):
+            if entry is None or not self._is_copied(entry):
                 return None
             loan = Loan(item, entry.block)
             self._hold(entry, loan)
@@ -299,6 +301,18 @@ class EmbeddingStore:
                 return entry
         raise KeyError(f"request {request_id} does not hold item {item.identifier}")
 
+    def _has_room(self, request_id: str, found: list[_Entry], missing: list[Item]) -> bool:
+        """Whether there is room for the missing items beside those found, all of one request."""
+        capacity = self._arena.capacity_bytes
+        needed = sum(footprint(item.nbytes) for item in missing)
+        if (total := needed + sum(entry.nbytes for entry in found)) > capacity:
+            raise ItemTooLarge(
+                f"the embeddings of request {request_id} take {total} bytes, more than the capture's cap of {capacity} "
+                "bytes: raise the cap or send fewer items"
+            )
+        evictable = self._cached_bytes - sum(entry.nbytes for entry in found if not entry.holders)
+        return self._arena.held_bytes - evictable + needed <= capacity
+
     def _allocate(self, nbytes: int) -> Block:
         """A block; acquire() made sure that there is room once the cache is empty."""
         while (block := self._arena.allocate(nbytes)) is None:
@@ -351,12 +365,17 @@ class EmbeddingStore:
         """The item's entry; not one that the worker had no data for, which is forgotten."""
         entry = self._index.get(item)
         # The worker sends no message back, but its stamp is there to read.
-        if entry is not None and entry.dispatched and self._arena.failed(entry.block):
+        if entry is not None and entry.dispatched and not self._is_copied(entry) and self._arena.failed(entry.block):
             del self._index[item]
             if not entry.holders:
                 self._free(self._pop_cached(item))
             return None
         return entry
+
+    def _is_copied(self, entry: _Entry) -> bool:
+        if not entry.copied and entry.dispatched:  # a system call
+            entry.copied = self._arena.stamped(entry.block)
+        return entry.copied
 
     def _release(self, request_id: str) -> None:
         for entry in self._requests.pop(request_id, []):

@@ -166,7 +166,7 @@ def opt_out_ignored() -> None:
 
     original = RequestOptions.of
     RequestOptions.of = staticmethod(  # type: ignore[method-assign]
-        lambda extra_args: dataclasses.replace(original(extra_args), capture=True)
+        lambda extra_args: original(extra_args)._replace(capture=True)
     )
 
 
@@ -309,7 +309,7 @@ def handle_sent_elsewhere() -> None:
     from harness.capture.scheduler import SchedulerCapture
 
     SchedulerCapture._rows = (  # type: ignore[method-assign]
-        lambda self, request_id, capture: {"handle": self.store.deliver(request_id)}
+        lambda self, request_id, handle, capture: {"handle": handle}
     )
 
 
