@@ -15,8 +15,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from harness.capture.connector import MMEmbeddingConnector, transfer_config
+from harness.capture.engine_core import PATCHES
 from harness.capture.scheduler import SchedulerCapture, StepPlan
-from harness.capture.settings import CaptureSettings
+from harness.capture.settings import RETURN, CaptureSettings
 from harness.capture.writer import Writer
 
 WIDTH, NUM_ROWS = 8, 5
@@ -131,4 +132,46 @@ def test_a_promise_is_for_one_item(capture: SchedulerCapture) -> None:
     assert isinstance(plan, StepPlan)
     assert ([item.num_rows for item, _ in plan.copies], plan.loads) == ([NUM_ROWS + 1], [])
     assert capture.reused == 0
+    made.shutdown()
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_request_is_settled_until_it_ends_once_its_items_are_copied(
+    monkeypatch: pytest.MonkeyPatch, reuse: bool
+) -> None:
+    capture = SchedulerCapture(CaptureSettings(True, 1 << 20, 1 << 20, reuse=reuse), WIDTH, 0, "bfloat16")
+    monkeypatch.setattr(SchedulerCapture, "of", lambda _config: capture)
+    made = connector(ECConnectorRole.SCHEDULER)
+    names = ["first", "hit", "not captured", "aborted"]
+    first, hit, uncaptured, aborted = (request(name) for name in names)
+    uncaptured.sampling_params = SamplingParams(extra_args={RETURN: False})
+    assert made.ensure_cache_available(first, 0)
+    assert first.request_id not in capture.settled, "its item is to be copied"
+    copied(made, first)
+    assert made.ensure_cache_available(hit, hit.num_tokens - 1)
+    assert made.ensure_cache_available(uncaptured, 0)
+    assert made.ensure_cache_available(aborted, aborted.num_tokens - 1)
+    assert capture.settled == (set() if reuse else set(names)), "with re-use it says what a request may load"
+    monkeypatch.setattr(capture, "admit", lambda *_args: pytest.fail("it has nothing to do for a settled request"))
+    if not reuse:
+        assert all(made.ensure_cache_available(each, 0) for each in (first, hit, uncaptured, aborted))
+    for each in (first, hit, uncaptured, aborted):
+        made.request_finished(each)
+    kept = [*capture.settled, *capture._undelivered, *capture._uncopied]
+    assert kept == [], "requests that have ended"
+    assert capture.stats()["requests"] == 0
+    made.shutdown()
+
+
+def test_what_a_request_asks_for_is_read_when_it_arrives(
+    capture: SchedulerCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [patch] = [patch for patch in PATCHES if patch.name == "EngineCore.preprocess_add_request"]
+    made = connector(ECConnectorRole.SCHEDULER)
+    scheduler = SimpleNamespace(vllm_config=SimpleNamespace(ec_transfer_config=transfer_config()), ec_connector=made)
+    arrived = request("first")
+    take_in = patch.wrap(lambda _core, _request: (arrived, 7))
+    assert take_in(SimpleNamespace(scheduler=scheduler), None) == (arrived, 7)
+    monkeypatch.setattr(capture, "_read", lambda _request: pytest.fail("read while the GPU waits for the schedule"))
+    assert len(copied(made, arrived).copies) == 1
     made.shutdown()

@@ -147,11 +147,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.count += 1
         request_id = str(self.count)
         items = [item_of(name) for name in names]
+        self.notice_ends()
         if sum(footprint(item.nbytes) for item in set(items)) > CAPACITY:
             with pytest.raises(ItemTooLarge):
                 self.store.acquire(request_id, items)
             return multiple()
-        self.notice_ends()
         usable = {name: self.shared[name] for name in names if name in self.shared}
         usable = {name: copy for name, copy in usable.items() if not self.has_failed(copy)}
         needed = sum(footprint(item.nbytes) for item in set(items) if item.identifier not in usable)
@@ -174,6 +174,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def submit_too_large(self) -> None:
+        self.notice_ends()
         with pytest.raises(ItemTooLarge):
             self.store.acquire("too large", [TOO_LARGE])
 

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor import Executor
     from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
 
     from harness.capture.scheduler import SchedulerCapture
 
@@ -50,6 +51,17 @@ def _capture_of(scheduler: Scheduler) -> SchedulerCapture | None:
         return None
     capture: SchedulerCapture = scheduler.ec_connector.capture
     return capture
+
+
+def _read_early(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def preprocess_add_request(self: EngineCore, request: EngineCoreRequest) -> tuple[Request, int]:
+        made, wave = original(self, request)
+        if made.mm_features and (capture := _capture_of(self.scheduler)) is not None:
+            capture.expect(made)
+        return made, wave
+
+    return preprocess_add_request
 
 
 def _deliver(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,6 +124,15 @@ PATCHES = (
         "what their connectors report. Ours report nothing; with tensor parallel 2 it takes 4 % of the throughput. "
         "Without it an error of a worker that does not reply shows as late as in an engine without a connector.",
         "connectors can say that they report nothing, as KVOutputAggregator.from_connector asks them",
+    ),
+    Patch(
+        "vllm.v1.engine.core",
+        "EngineCore.preprocess_add_request",
+        ("self", "request"),
+        _read_early,
+        "It runs in the thread that takes requests in, beside the forward passes. Connectors first see a request when "
+        "it is scheduled, and the GPU waits for what they do then.",
+        "connectors are told of requests that arrive",
     ),
     Patch(
         "vllm.v1.core.sched.scheduler",

@@ -31,6 +31,9 @@ DELIVERY = "mm_embedding"
 """Key of EngineCoreOutput.ec_transfer_params for what the frontend gets with a request's first output."""
 
 
+_CAPTURE = "_mm_embedding_capture"
+"""Attribute of a Request: its _Capture, until the request ends."""
+
 _STAMP_SECONDS = 5.0
 """How long a step may wait for copies whose step is over, which therefore are there or about to be."""
 
@@ -68,13 +71,12 @@ def num_levels(model_config: ModelConfig) -> int:
 
 @dataclass(slots=True)
 class _Capture:
-    """A request that is being captured, from its admission to its end."""
+    """What a request is to give, known from its arrival to its end. It does not hold the request, which holds media."""
 
-    request: Request
-    items: list[Item]  # in prompt order
+    items: list[Item]  # in prompt order; none if it is not to be captured
     features: list[MultiModalFeatureSpec]  # likewise
-    levels: bool = False
-    reader: str | None = None  # where it is, see settings.READER
+    reader: str | None  # where it is, see settings.READER
+    delivery: dict[str, Any]  # but for the rows
 
 
 def encoded_features(features: Iterable[MultiModalFeatureSpec]) -> list[MultiModalFeatureSpec]:
@@ -121,9 +123,10 @@ class SchedulerCapture:
     num_ended: int = 0
     """Of the requests that were admitted."""
     settled: set[str] = field(default_factory=set)
-    """The admitted requests that `admit` answers yes to until they end, and has nothing to do for."""
+    """The admitted requests that `admit` says yes to until they end, and has nothing to do for."""
     _captures: dict[str, _Capture] = field(default_factory=dict)
-    _undelivered: dict[str, _Capture] = field(default_factory=dict)  # those of them that have items and had no output
+    _undelivered: set[str] = field(default_factory=set)  # those of them that have items and had no output
+    _uncopied: dict[str, Request] = field(default_factory=dict)  # those of which an item may not be dispatched
     _failures: dict[str, str] = field(default_factory=dict)
     _ended: list[str] | None = None
     _asked: dict[str, Item] = field(default_factory=dict)  # items of the request that is being scheduled
@@ -174,22 +177,31 @@ class SchedulerCapture:
         """Gives all memory back."""
         self.store.close()
 
+    def expect(self, request: Request) -> None:
+        """Reads what the request asks for when it arrives, from any thread.
+
+        Where that is in time, the GPU does not wait for it, as it does for a schedule. Else `admit` does it.
+        """
+        request.__dict__[_CAPTURE] = self._read(request)
+
     def admit(self, request: Request, num_computed_tokens: int) -> bool:
         """Whether the request may be scheduled now: there is memory for its embeddings and a way to get them.
 
         Called at every step for every multimodal request. `num_computed_tokens` counts a prefix-cache hit in.
         """
-        capture = self._captures.get(request.request_id)
+        request_id = request.request_id
+        capture = self._captures.get(request_id)
         if capture is None:
             capture = self._start(request)
             if capture is None:
                 return False
         if self.settings.reuse:
             self._asked = self._loadable(capture)
-        if not num_computed_tokens or request.request_id not in self._undelivered:
+        if not num_computed_tokens or request_id not in self._uncopied:
             return True
-        pending = self.store.pending(request.request_id)
+        pending = self.store.pending(request_id)
         if not pending:
+            self._settle(request_id)
             return True
         # A prefix-cache hit over an item schedules no encoder for it: what was not captured before cannot be now.
         covered = any(
@@ -205,23 +217,34 @@ class SchedulerCapture:
             request.skip_reading_prefix_cache = True
         return False
 
-    def _start(self, request: Request) -> _Capture | None:
+    def _read(self, request: Request) -> _Capture:
         options = RequestOptions.of(request.sampling_params.extra_args if request.sampling_params else None)
         features = encoded_features(request.mm_features) if options.capture else []
-        if not features:
-            capture = _Capture(request, [], [])
-        else:
-            packed = options.levels or self.settings.reuse
-            width = self.hidden_size * (1 + self.num_levels if packed else 1)
-            items = [
-                Item(feature.identifier, packed, feature.mm_position.get_num_embeds(), width, self.dtype)
-                for feature in features
-            ]
+        packed = options.levels or self.settings.reuse
+        width = self.hidden_size * (1 + self.num_levels if packed else 1)
+        items = [
+            Item(feature.identifier, packed, feature.mm_position.get_num_embeds(), width, self.dtype)
+            for feature in features
+        ]
+        delivery = {
+            "hidden_size": self.hidden_size,
+            "items": [
+                [feature.modality, item.num_rows, item.identifier]
+                for item, feature in zip(items, features, strict=True)
+            ],
+            "levels": options.levels,
+        }
+        return _Capture(items, features, options.reader, delivery)
+
+    def _start(self, request: Request) -> _Capture | None:
+        request_id = request.request_id
+        capture: _Capture = request.__dict__.get(_CAPTURE) or self._read(request)
+        if capture.items:
             if request.resumable:
                 self._fail(request, "it is a streaming-input session; send its items in one prompt")
                 return None
             try:
-                if not self.store.acquire(request.request_id, items):
+                if not self.store.acquire(request_id, capture.items):
                     logger.info_once(
                         "Requests wait because the captured embeddings fill mm_embedding_memory_gb (%.3f GiB).",
                         self.settings.memory_bytes / 2**30,
@@ -230,14 +253,15 @@ class SchedulerCapture:
             except ItemTooLarge as error:
                 self._fail(request, f"{error} (mm_embedding_memory_gb)")
                 return None
-            capture = _Capture(request, items, features, options.levels, reader=options.reader)
-            self._undelivered[request.request_id] = capture
-        self._captures[request.request_id] = capture
-        if not features:
-            self._settle(request.request_id)
+            self._undelivered.add(request_id)
+            self._uncopied[request_id] = request
+        else:
+            self._settle(request_id)
+        self._captures[request_id] = capture
         return capture
 
     def _settle(self, request_id: str) -> None:
+        self._uncopied.pop(request_id, None)
         if not self.settings.reuse:  # else `admit` says which items of the request may be loaded
             self.settled.add(request_id)
 
@@ -256,17 +280,21 @@ class SchedulerCapture:
         The worker reads them where the model does, from its encoder cache after the encoder ran: computed in this step,
         by another request or for the second time, it is there.
         """
-        copies = []
-        for request_id, capture in self._undelivered.items():
+        copies, copied = [], []
+        for request_id, request in self._uncopied.items():
             num_tokens = scheduler_output.num_scheduled_tokens.get(request_id)
             if num_tokens is None:  # it waits
                 continue
-            start = capture.request.num_computed_tokens
+            start, capture = request.num_computed_tokens, self._captures[request_id]
             for item, feature in zip(capture.items, capture.features, strict=True):
                 if _num_embeds(feature, start, start + num_tokens):
                     block = self.store.dispatch(request_id, item)
                     if block is not None:
                         copies.append((item, block))
+            if not self.store.pending(request_id):
+                copied.append(request_id)
+        for request_id in copied:
+            self._settle(request_id)
         loads = [(loan.item, loan.block) for loan in self._loans]
         self._loans_of_steps.append(self._loans)
         self._loans = []
@@ -330,10 +358,12 @@ class SchedulerCapture:
 
     def _let_go(self, request_id: str) -> None:
         self._captures.pop(request_id, None)
-        self._undelivered.pop(request_id, None)
-        self._failures.pop(request_id, None)
         self.settled.discard(request_id)
-        self.store.release(request_id)
+        self._failures.pop(request_id, None)
+        if request_id in self._undelivered:
+            self._undelivered.remove(request_id)
+            self._uncopied.pop(request_id, None)
+            self.store.release(request_id)
 
     def begin_update(self) -> None:
         """From now on requests may finish, whose first output is to be delivered by `end_update`."""
@@ -357,33 +387,27 @@ class SchedulerCapture:
             self._let_go(request_id)
 
     def _deliver(self, output: EngineCoreOutput) -> None:
-        if (failure := self._failures.get(output.request_id)) is not None:
+        request_id = output.request_id
+        if (failure := self._failures.get(request_id)) is not None:
             delivery = _error(failure, HTTPStatus.BAD_REQUEST)
-        else:
-            capture = self._undelivered.pop(output.request_id, None)
-            if capture is None:
-                return
+        elif request_id in self._undelivered:
             try:
-                handle = self.store.deliver(output.request_id)
+                handle = self.store.deliver(request_id)
             except NotDispatched:
                 if output.finish_reason is FinishReason.ERROR:  # vLLM's own, before the prefill was over
                     return
                 # Not reached as far as known. Loud all the same: never a silent None.
-                failure = f"Request {output.request_id} has no mm_embedding: an item was not captured."
+                failure = f"Request {request_id} has no mm_embedding: an item was not captured."
                 logger.error(failure)
                 delivery = _error(failure)
-                self.store.release(output.request_id)
+                self.store.release(request_id)
             else:
-                delivery = {
-                    **self._rows(output.request_id, handle, capture),
-                    "hidden_size": self.hidden_size,
-                    "items": [
-                        [feature.modality, item.num_rows, item.identifier]
-                        for item, feature in zip(capture.items, capture.features, strict=True)
-                    ],
-                    "levels": capture.levels,
-                }
-            self._settle(output.request_id)
+                capture = self._captures[request_id]
+                delivery = {**self._rows(request_id, handle, capture), **capture.delivery}
+            self._undelivered.remove(request_id)
+            self._settle(request_id)
+        else:
+            return
         output.ec_transfer_params = {**(output.ec_transfer_params or {}), DELIVERY: delivery}
 
     def _rows(self, request_id: str, handle: dict[str, Any], capture: _Capture) -> dict[str, Any]:

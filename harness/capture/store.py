@@ -90,14 +90,14 @@ class Loan:
 class _Entry:
     item: Item
     block: Block
+    nbytes: int = 0  # of the whole block
     dispatched: bool = False
     copied: bool = False  # as far as known: the worker's stamp was seen
     # Request ids (str), generations of leases (int) and loans.
     holders: set[str | int | Loan] = field(default_factory=set)
 
-    @property
-    def nbytes(self) -> int:
-        return footprint(self.block.nbytes)
+    def __post_init__(self) -> None:
+        self.nbytes = footprint(self.block.nbytes)
 
 
 class EmbeddingStore:
@@ -138,21 +138,18 @@ class EmbeddingStore:
             if request_id in self._requests:
                 return True
             self._reap()
-            entries = {item: self._find_or_forget(item) for item in items}
-            found = [entry for entry in entries.values() if entry is not None]
-            missing = [item for item, entry in entries.items() if entry is None]
-            if missing and not self._has_room(request_id, found, missing):
+            found = [self._find_or_forget(item) for item in items]
+            if None in found and not self._has_room(request_id, items, found):
                 self._waits += 1
                 return False
-            self._hits += len(found)
-            self._misses += len(missing)
             for entry in found:
-                self._hold(entry, request_id)
-            for item in missing:
-                entry = self._index[item] = _Entry(item, self._allocate(item.nbytes))
-                self._num_entries += 1
-                self._hold(entry, request_id)
-            self._requests[request_id] = [self._index[item] for item in items]
+                if entry is not None and request_id not in entry.holders:
+                    self._hold(entry, request_id)
+                    self._hits += 1
+            self._requests[request_id] = [
+                entry or self._index.get(item) or self._make(item, request_id)
+                for item, entry in zip(items, found, strict=True)
+            ]
             return True
 
     def holds(self, request_id: str) -> bool:
@@ -167,9 +164,8 @@ class EmbeddingStore:
 
     def pending(self, request_id: str) -> list[Item]:
         """The request's items that are not dispatched, in prompt order, without repeats."""
-        with self._lock:
-            entries = self._requests.get(request_id, [])
-            return list(dict.fromkeys([entry.item for entry in entries if not entry.dispatched]))
+        entries = self._requests.get(request_id, [])  # no lock: the thread changes nothing of what is looked at here
+        return list(dict.fromkeys([entry.item for entry in entries if not entry.dispatched]))
 
     def dispatch(self, request_id: str, item: Item) -> Block | None:
         """The block to which the worker has to copy the item in the step being built; None if a step did before."""
@@ -301,9 +297,11 @@ class EmbeddingStore:
                 return entry
         raise KeyError(f"request {request_id} does not hold item {item.identifier}")
 
-    def _has_room(self, request_id: str, found: list[_Entry], missing: list[Item]) -> bool:
-        """Whether there is room for the missing items beside those found, all of one request."""
+    def _has_room(self, request_id: str, items: Sequence[Item], entries: Sequence[_Entry | None]) -> bool:
+        """Whether there is room for those of a request's items that have no entry beside those that have one."""
         capacity = self._arena.capacity_bytes
+        found = {entry for entry in entries if entry is not None}
+        missing = {item for item, entry in zip(items, entries, strict=True) if entry is None}
         needed = sum(footprint(item.nbytes) for item in missing)
         if (total := needed + sum(entry.nbytes for entry in found)) > capacity:
             raise ItemTooLarge(
@@ -323,8 +321,16 @@ class EmbeddingStore:
             self._evict()
         return block
 
+    def _make(self, item: Item, request_id: str) -> _Entry:
+        """An entry for an item that has none, held by the request."""
+        entry = self._index[item] = _Entry(item, self._allocate(item.nbytes))
+        self._num_entries += 1
+        self._misses += 1
+        entry.holders.add(request_id)
+        return entry
+
     def _hold(self, entry: _Entry, holder: str | Loan) -> None:
-        if entry.item in self._cached:  # the same entry: what is cached is indexed
+        if not entry.holders:
             self._pop_cached(entry.item)
         entry.holders.add(holder)
 
@@ -364,8 +370,10 @@ class EmbeddingStore:
     def _find_or_forget(self, item: Item) -> _Entry | None:
         """The item's entry; not one that the worker had no data for, which is forgotten."""
         entry = self._index.get(item)
+        if entry is None or entry.copied:
+            return entry
         # The worker sends no message back, but its stamp is there to read.
-        if entry is not None and entry.dispatched and not self._is_copied(entry) and self._arena.failed(entry.block):
+        if entry.dispatched and not self._is_copied(entry) and self._arena.failed(entry.block):
             del self._index[item]
             if not entry.holders:
                 self._free(self._pop_cached(item))
