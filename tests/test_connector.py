@@ -12,11 +12,12 @@ from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request
 
 from harness.capture.connector import MMEmbeddingConnector, transfer_config
 from harness.capture.engine_core import PATCHES
-from harness.capture.scheduler import SchedulerCapture, StepPlan
+from harness.capture.scheduler import DELIVERY, SchedulerCapture, StepPlan
 from harness.capture.settings import RETURN, CaptureSettings
 from harness.capture.writer import Writer
 
@@ -155,7 +156,10 @@ def test_a_request_is_settled_until_it_ends_once_its_items_are_copied(
     monkeypatch.setattr(capture, "admit", lambda *_args: pytest.fail("it has nothing to do for a settled request"))
     if not reuse:
         assert all(made.ensure_cache_available(each, 0) for each in (first, hit, uncaptured, aborted))
-    for each in (first, hit, uncaptured, aborted):
+    monkeypatch.undo()
+    never_run = request("never run", NUM_ROWS + 1)
+    assert made.ensure_cache_available(never_run, 0)
+    for each in (first, hit, uncaptured, aborted, never_run):
         made.request_finished(each)
     kept = [*capture.settled, *capture._undelivered, *capture._uncopied]
     assert kept == [], "requests that have ended"
@@ -168,10 +172,33 @@ def test_what_a_request_asks_for_is_read_when_it_arrives(
 ) -> None:
     [patch] = [patch for patch in PATCHES if patch.name == "EngineCore.preprocess_add_request"]
     made = connector(ECConnectorRole.SCHEDULER)
-    scheduler = SimpleNamespace(vllm_config=SimpleNamespace(ec_transfer_config=transfer_config()), ec_connector=made)
+    config = SimpleNamespace(ec_transfer_config=transfer_config())
+    core = SimpleNamespace(vllm_config=config, scheduler=SimpleNamespace(ec_connector=made))
     arrived = request("first")
     take_in = patch.wrap(lambda _core, _request: (arrived, 7))
-    assert take_in(SimpleNamespace(scheduler=scheduler), None) == (arrived, 7)
+    assert take_in(core, None) == (arrived, 7)
     monkeypatch.setattr(capture, "_read", lambda _request: pytest.fail("read while the GPU waits for the schedule"))
     assert len(copied(made, arrived).copies) == 1
+    made.shutdown()
+
+
+def test_an_engine_without_capture_takes_requests_in_as_ever() -> None:
+    """Its scheduler may be the user's own, and is not asked for anything."""
+    [patch] = [patch for patch in PATCHES if patch.name == "EngineCore.preprocess_add_request"]
+    core = SimpleNamespace(vllm_config=SimpleNamespace(ec_transfer_config=None), scheduler=object())
+    assert patch.wrap(lambda _core, _request: (request("first"), 7))(core, None)[1] == 7
+
+
+def test_a_request_that_was_not_captured_is_told_so_and_asked_for_nothing_more(capture: SchedulerCapture) -> None:
+    made = connector(ECConnectorRole.SCHEDULER)
+    asked = request("first")
+    assert made.ensure_cache_available(asked, 0)
+    output = EngineCoreOutput("first", [1])
+    capture.begin_update()
+    capture.end_update([EngineCoreOutputs(outputs=[output])])
+    assert output.ec_transfer_params is not None
+    assert "was not captured" in output.ec_transfer_params[DELIVERY]["error"]
+    assert capture.stats()["held_bytes"] == 0
+    plan = made.build_connector_meta(step(first=asked.num_tokens))
+    assert plan is None or (isinstance(plan, StepPlan) and plan.copies == []), "its memory is another's now"
     made.shutdown()

@@ -206,6 +206,24 @@ def test_what_was_read_is_not_found_again_without_a_cache(
     assert engine.store.pending("2") == [item("a")], "a truth that is to be captured anew would be the same capture"
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_an_item_that_fails_while_a_request_with_it_twice_is_admitted_is_one_item(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    engine = make_engine()
+    engine.store.acquire("1", [item("a")])
+    engine.dispatch("1")
+    if not held:
+        engine.store.release("1")
+    stamps = iter([False])
+    monkeypatch.setattr(engine.arena, "failed", lambda _block: next(stamps, True))
+    assert engine.store.acquire("2", [item("a")] * 2)
+    assert engine.store.pending("2") == [], "the worker had not failed when it was looked at"
+    assert engine.store.acquire("3", [item("a")] * 2)
+    assert engine.store.pending("3") == [item("a")]
+    assert engine.step("3") == 1
+
+
 def test_acquire_looks_for_done_leases_before_it_takes_memory_beyond_the_cap(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,8 +57,8 @@ def _read_early(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def preprocess_add_request(self: EngineCore, request: EngineCoreRequest) -> tuple[Request, int]:
         made, wave = original(self, request)
-        if made.mm_features and (capture := _capture_of(self.scheduler)) is not None:
-            capture.expect(made)
+        if made.mm_features and _captures(self.vllm_config):
+            self.scheduler.ec_connector.capture.expect(made)
         return made, wave
 
     return preprocess_add_request
@@ -130,8 +130,8 @@ PATCHES = (
         "EngineCore.preprocess_add_request",
         ("self", "request"),
         _read_early,
-        "It runs in the thread that takes requests in, beside the forward passes. Connectors first see a request when "
-        "it is scheduled, and the GPU waits for what they do then.",
+        "Connectors first see a request when it is scheduled, and the GPU waits for what they do then. Where the "
+        "engine core has a process of its own, this runs in the thread that takes requests in, beside the forward.",
         "connectors are told of requests that arrive",
     ),
     Patch(

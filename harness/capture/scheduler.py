@@ -32,7 +32,7 @@ DELIVERY = "mm_embedding"
 
 
 _CAPTURE = "_mm_embedding_capture"
-"""Attribute of a Request: its _Capture, until the request ends."""
+"""Attribute of a Request: its _Capture."""
 
 _STAMP_SECONDS = 5.0
 """How long a step may wait for copies whose step is over, which therefore are there or about to be."""
@@ -71,7 +71,7 @@ def num_levels(model_config: ModelConfig) -> int:
 
 @dataclass(slots=True)
 class _Capture:
-    """What a request is to give, known from its arrival to its end. It does not hold the request, which holds media."""
+    """What a request is to give. It does not hold the request, which holds it from its arrival on."""
 
     items: list[Item]  # in prompt order; none if it is not to be captured
     features: list[MultiModalFeatureSpec]  # likewise
@@ -105,10 +105,10 @@ def _error(message: str, status: HTTPStatus = HTTPStatus.INTERNAL_SERVER_ERROR) 
 
 @dataclass
 class SchedulerCapture:
-    """The scheduler's half of the connector; its methods are called from the connector's methods of like names.
+    """The scheduler's half of the connector, called from the connector's methods and from engine_core.
 
-    What it does at every step, for every request that runs, is kept to a look into a dictionary: while the engine
-    decodes, the GPU waits for the scheduler.
+    What it does at every step, for every request that runs, is kept to a look into `settled`: while the engine decodes,
+    the GPU waits for the scheduler.
     """
 
     settings: CaptureSettings
@@ -126,7 +126,7 @@ class SchedulerCapture:
     """The admitted requests that `admit` says yes to until they end, and has nothing to do for."""
     _captures: dict[str, _Capture] = field(default_factory=dict)
     _undelivered: set[str] = field(default_factory=set)  # those of them that have items and had no output
-    _uncopied: dict[str, Request] = field(default_factory=dict)  # those of which an item may not be dispatched
+    _uncopied: dict[str, Request] = field(default_factory=dict)  # those with items to dispatch, as far as known
     _failures: dict[str, str] = field(default_factory=dict)
     _ended: list[str] | None = None
     _asked: dict[str, Item] = field(default_factory=dict)  # items of the request that is being scheduled
@@ -187,7 +187,8 @@ class SchedulerCapture:
     def admit(self, request: Request, num_computed_tokens: int) -> bool:
         """Whether the request may be scheduled now: there is memory for its embeddings and a way to get them.
 
-        Called at every step for every multimodal request. `num_computed_tokens` counts a prefix-cache hit in.
+        Called at every step for every multimodal request that is not settled. `num_computed_tokens` counts a
+        prefix-cache hit in.
         """
         request_id = request.request_id
         capture = self._captures.get(request_id)

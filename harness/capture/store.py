@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ class Loan:
 class _Entry:
     item: Item
     block: Block
-    nbytes: int = 0  # of the whole block
+    nbytes: int = field(init=False)  # of the whole block
     dispatched: bool = False
     copied: bool = False  # as far as known: the worker's stamp was seen
     # Request ids (str), generations of leases (int) and loans.
@@ -138,18 +138,24 @@ class EmbeddingStore:
             if request_id in self._requests:
                 return True
             self._reap()
-            found = [self._find_or_forget(item) for item in items]
-            if None in found and not self._has_room(request_id, items, found):
+            entries: dict[Item, _Entry] = {}
+            missing = []
+            for item in dict.fromkeys(items):  # once each: the worker may stamp meanwhile
+                entry = self._find_or_forget(item)
+                if entry is None:
+                    missing.append(item)
+                else:
+                    entries[item] = entry
+            if missing and not self._has_room(request_id, entries.values(), missing):
                 self._waits += 1
                 return False
-            for entry in found:
-                if entry is not None and request_id not in entry.holders:
-                    self._hold(entry, request_id)
-                    self._hits += 1
-            self._requests[request_id] = [
-                entry or self._index.get(item) or self._make(item, request_id)
-                for item, entry in zip(items, found, strict=True)
-            ]
+            self._hits += len(entries)
+            self._misses += len(missing)
+            for entry in entries.values():
+                self._hold(entry, request_id)
+            for item in missing:
+                entries[item] = self._make(item, request_id)
+            self._requests[request_id] = [entries[item] for item in items]
             return True
 
     def holds(self, request_id: str) -> bool:
@@ -297,11 +303,9 @@ class EmbeddingStore:
                 return entry
         raise KeyError(f"request {request_id} does not hold item {item.identifier}")
 
-    def _has_room(self, request_id: str, items: Sequence[Item], entries: Sequence[_Entry | None]) -> bool:
-        """Whether there is room for those of a request's items that have no entry beside those that have one."""
+    def _has_room(self, request_id: str, found: Collection[_Entry], missing: Collection[Item]) -> bool:
+        """Whether there is room for the missing items beside those found, all of one request."""
         capacity = self._arena.capacity_bytes
-        found = {entry for entry in entries if entry is not None}
-        missing = {item for item, entry in zip(items, entries, strict=True) if entry is None}
         needed = sum(footprint(item.nbytes) for item in missing)
         if (total := needed + sum(entry.nbytes for entry in found)) > capacity:
             raise ItemTooLarge(
@@ -325,7 +329,6 @@ class EmbeddingStore:
         """An entry for an item that has none, held by the request."""
         entry = self._index[item] = _Entry(item, self._allocate(item.nbytes))
         self._num_entries += 1
-        self._misses += 1
         entry.holders.add(request_id)
         return entry
 
