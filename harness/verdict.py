@@ -1,12 +1,12 @@
 """What a cost ratio shows: an interval from paired rounds, and pass, fail or undecided.
 
 A ratio is capturing over absent, of the same round, so that what slows the machine down slows both. Above 1 is better:
-a ratio of latencies is turned round by the caller. Noise widens the interval, which leads to "undecided" and never to
-"fail"; and never to "pass", which needs the interval above the limit.
+a ratio of latencies is turned round by the caller. Noise of the rounds widens the interval, which leads to "undecided"
+and never to "fail"; and never to "pass", which needs the interval above the limit.
 
 Two engines that were started alike differ too, for as long as they live (where their memory and their threads came to
-lie). No number of rounds shows that: only starting them again does, and then each start counts as one sample
-(T. Kalibera and R. Jones, "Rigorous benchmarking in reasonable time", ISMM 2013).
+lie). No number of rounds shows that, so that one start may fail by it: only starting them again does show it, and then
+each start counts as one sample (T. Kalibera and R. Jones, "Rigorous benchmarking in reasonable time", ISMM 2013).
 """
 
 from __future__ import annotations

@@ -80,6 +80,17 @@ def test_a_ratio_that_is_watched_only_fails(recorded: dict[str, Any], monkeypatc
         cost.judge("throughput", {"p99": GOOD}, recorded.__setitem__, {"of all": BAD})
 
 
+@pytest.mark.parametrize("starts", [1, 6])
+def test_a_failure_of_one_start_may_be_its_own(
+    recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch, starts: int
+) -> None:
+    on_gpu(monkeypatch, True)
+    cost = Cost(cast("Subject", FakeSubject()), 12, starts=starts)
+    with pytest.raises(pytest.fail.Exception) as failed:
+        cost.judge("throughput", {"idle": BAD}, recorded.__setitem__)
+    assert ("--starts 6" in str(failed.value)) == (starts == 1)
+
+
 @pytest.mark.parametrize("slowest", [1.2, 1.8])
 def test_what_is_undecided_tells_of_processors_that_are_not_steady(
     recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch, slowest: float

@@ -17,7 +17,7 @@ from harness import load, pace, peers
 from harness.engine import Arm, Engine, EngineError, EngineSpec, Interface
 from harness.load import Workload
 from harness.pytest_plugin.subject import Subject
-from harness.verdict import Ratio, Verdict, judge
+from harness.verdict import FEWEST, Ratio, Verdict, judge
 
 T = TypeVar("T")
 
@@ -193,6 +193,8 @@ class Cost:
                 )
         verdicts = {judgement.verdict for judgement in judgements.values()}
         if Verdict.FAIL in verdicts:
+            if self.starts == 1:
+                text += f"\nTwo engines that start alike differ too: --starts {FEWEST} tells it from a loss."
             pytest.fail(text, pytrace=False)
         if Verdict.UNDECIDED in verdicts:
             pytest.skip(text)
