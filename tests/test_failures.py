@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -22,7 +26,9 @@ from harness.capture.frontend import MMEmbeddingError
 from harness.capture.scheduler import DELIVERY
 from harness.capture.settings import READER
 
-WRAPPED = {"OutputProcessor": OutputProcessor, "RequestState": RequestState, "LLMEngine": LLMEngine}
+WRAPPED = {
+    each.__name__: each for each in (OutputProcessor, RequestState, LLMEngine, RequestOutputCollector, RequestOutput)
+}
 
 
 @pytest.fixture
@@ -36,10 +42,16 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> OutputProcessor:
     return OutputProcessor(None, log_stats=False)
 
 
-def add(processor: OutputProcessor, name: str, expected: bool = True, **options: Any) -> None:
+def add(
+    processor: OutputProcessor,
+    name: str,
+    expected: bool = True,
+    kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
+    **options: Any,
+) -> None:
     """A request, of which an embedding is expected."""
     extra_args = {READER: "here"} if expected else None
-    params = SamplingParams(extra_args=extra_args, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+    params = SamplingParams(extra_args=extra_args, detokenize=False, output_kind=kind)
     queue = options.pop("queue", None)
     request = EngineCoreRequest(
         name, [1, 2], None, params, None, 0.0, None, None, None, external_req_id=name, **options
@@ -134,6 +146,86 @@ def test_async_llm_raises_it_to_the_caller_and_aborts_the_rest(processor: Output
     llm.abort.assert_awaited_once_with("0", internal=True)
     answer = create_error_response(raised.value).error
     assert (answer.code, answer.message) == (400, "Request 0 has no mm_embedding: it is too large.")
+
+
+def test_a_caller_of_async_llm_waits_for_its_embeddings_alone(
+    processor: OutputProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they are copied the event loop serves the others."""
+    copied = threading.Event()
+
+    def read(_delivery: dict[str, Any]) -> Any:
+        assert copied.wait(30)
+        return frontend._Embeddings(torch.ones(3, 2), None, [])
+
+    async def caller() -> list[str]:
+        ends: list[str] = []
+        collectors = [RequestOutputCollector(RequestOutputKind.FINAL_ONLY, name) for name in "01"]
+        for name, collector in zip("01", collectors, strict=True):
+            add(processor, name, queue=collector, expected=name == "0")
+        processor.process_outputs([ended("0", refused=True), ended("1")])
+        assert collectors[0].get_nowait() is None, "its embeddings are not there"
+        waits = asyncio.create_task(collectors[0].get())
+        waits.add_done_callback(lambda _task: ends.append("0"))
+        other = collectors[1].get_nowait()
+        assert other is not None
+        await asyncio.sleep(0.05)
+        ends.append(other.request_id)
+        copied.set()
+        output = await waits
+        assert isinstance(output, RequestOutput)
+        assert torch.equal(output.outputs[0].mm_embedding, torch.ones(3, 2))
+        return ends
+
+    monkeypatch.setattr(frontend, "_read", read)
+    monkeypatch.setattr(frontend, "_readers", lambda: ThreadPoolExecutor(1))
+    assert asyncio.run(caller()) == ["1", "0"]
+
+
+def test_a_caller_that_gives_up_leaves_the_copy_to_end(
+    processor: OutputProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the lease."""
+    copied, ended_lease = threading.Event(), threading.Event()
+    pool = ThreadPoolExecutor(1)
+    pool.submit(copied.wait, 30)  # the copy waits for its turn
+
+    async def caller() -> None:
+        collector = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "0")
+        add(processor, "0", queue=collector)
+        processor.process_outputs([ended("0", refused=True)])
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(collector.get(), 0.05)
+
+    monkeypatch.setattr(frontend, "_read", lambda _delivery: ended_lease.set())
+    monkeypatch.setattr(frontend, "_readers", lambda: pool)
+    asyncio.run(caller())
+    copied.set()
+    assert ended_lease.wait(30)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_embeddings_stay_with_their_completion(
+    processor: OutputProcessor, monkeypatch: pytest.MonkeyPatch, merged: bool
+) -> None:
+    monkeypatch.setattr(frontend, "_read", lambda _delivery: frontend._Embeddings(torch.ones(3, 2), None, []))
+
+    async def caller() -> Any:
+        collector = RequestOutputCollector(RequestOutputKind.DELTA, "0")
+        add(processor, "0", queue=collector, kind=RequestOutputKind.DELTA)
+        first = ended("0", refused=True)
+        first.finish_reason = None
+        processor.process_outputs([first])
+        if not merged:
+            assert not (await collector.get()).finished
+        processor.process_outputs([ended("0")])
+        return await collector.get()
+
+    output = asyncio.run(caller())
+    [completion] = output.outputs
+    assert (output.finished, len(completion.token_ids)) == (True, 2 if merged else 1)
+    assert torch.equal(completion.mm_embedding, torch.ones(3, 2))
+    assert not hasattr(completion, frontend._UNREAD), "it would keep what the user drops"
 
 
 def test_it_travels_between_processes() -> None:

@@ -5,16 +5,17 @@ It also tells vLLM's loggers of the connector, whose metrics they show.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import GracefulHTTPError
-from vllm.outputs import CompletionOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine import FinishReason
 
 from harness.capture import reader
@@ -26,11 +27,11 @@ from harness.capture.transport import TransportError, whereabouts
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
-    from vllm.outputs import RequestOutput
+    from vllm.outputs import PoolingRequestOutput
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
     from vllm.v1.metrics.loggers import StatLoggerManager
 
 
@@ -121,11 +122,57 @@ def _own(rows: Tensor) -> Tensor:
     return rows if rows.is_contiguous() else reader.empty(rows.shape, rows.dtype).copy_(rows)
 
 
-def _not_sent(request_id: str) -> NoReturn:
-    raise MMEmbeddingError(
-        f"Request {request_id} has no mm_embedding: its engine sent none; start every engine with "
-        "enable_return_mm_embedding."
+def _not_sent(request_id: str) -> Future[_Embeddings]:
+    future: Future[_Embeddings] = Future()
+    future.set_exception(
+        MMEmbeddingError(
+            f"Request {request_id} has no mm_embedding: its engine sent none; start every engine with "
+            "enable_return_mm_embedding."
+        )
     )
+    return future
+
+
+_UNREAD = "_mm_embedding_unread"
+"""Attribute of a finished CompletionOutput until its consumer takes it: the future of its fields."""
+
+
+def _attach(completion: CompletionOutput, future: Future[_Embeddings]) -> MMEmbeddingError | None:
+    """Waits for the future, and returns why there are no embeddings."""
+    try:
+        embeddings = future.result()
+    except MMEmbeddingError as error:
+        return error
+    except TransportError as error:
+        return MMEmbeddingError(str(error))
+    completion.mm_embedding = embeddings.rows
+    completion.mm_embedding_items = embeddings.items
+    completion.mm_embedding_levels = embeddings.levels
+    return None
+
+
+def _unread(output: Any) -> Iterator[tuple[CompletionOutput, Future[_Embeddings]]]:
+    if isinstance(output, RequestOutput):
+        for completion in output.outputs:
+            if (future := completion.__dict__.get(_UNREAD)) is not None:
+                yield completion, future
+
+
+def _attach_all(output: Any) -> None:
+    for completion, future in _unread(output):
+        del completion.__dict__[_UNREAD]
+        if (failure := _attach(completion, future)) is not None:
+            from vllm.v1.engine.async_llm import InputStreamError
+
+            # Of all that AsyncLLM catches the one that it passes on as it is, and aborts the other children for.
+            raise InputStreamError(failure)
+
+
+async def _done(future: Future[_Embeddings]) -> None:
+    """Not asyncio.wrap_future: to give up waiting would cancel the copy, which ends the lease."""
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+    future.add_done_callback(lambda _future: loop.call_soon_threadsafe(event.set))
+    await event.wait()
 
 
 def _tell_where(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,26 +245,40 @@ def _attach_at_finish(original: Callable[..., Any]) -> Callable[..., Any]:
         failures: list[MMEmbeddingError] | None = self.__dict__.pop("_mm_embedding_failures", None)
         if failures is None or (future is None and finish_reason is FinishReason.ERROR):
             return completion
-        try:
-            embeddings = _not_sent(self.request_id) if future is None else future.result()
-        except (MMEmbeddingError, TransportError) as error:
-            failure = error if isinstance(error, MMEmbeddingError) else MMEmbeddingError(str(error))
-            # Raised here, in the middle of a step's outputs, it would end AsyncLLM's engine, and leave requests of LLM
-            # behind that the next call waits for.
-            if self.queue is None:
-                failures.append(failure)
-            else:
-                from vllm.v1.engine.async_llm import InputStreamError
-
-                # Of all that AsyncLLM catches the one that it passes on as it is, and aborts the other children for.
-                self.queue.put(InputStreamError(failure))
-        else:
-            completion.mm_embedding = embeddings.rows
-            completion.mm_embedding_items = embeddings.items
-            completion.mm_embedding_levels = embeddings.levels
+        future = future or _not_sent(self.request_id)
+        if self.queue is not None:  # AsyncLLM, whose event loop would wait here for the copy
+            setattr(completion, _UNREAD, future)
+            return completion
+        if (failure := _attach(completion, future)) is not None:
+            failures.append(failure)  # raised here, it would leave requests behind that the next call waits for
         return completion
 
     return _new_completion_output
+
+
+def _take(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def get(self: RequestOutputCollector) -> RequestOutput | PoolingRequestOutput:
+        output: RequestOutput | PoolingRequestOutput = await original(self)
+        for _completion, future in _unread(output):
+            if not future.done():
+                await _done(future)
+        _attach_all(output)
+        return output
+
+    return get
+
+
+def _take_what_is_read(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_nowait(self: RequestOutputCollector) -> RequestOutput | PoolingRequestOutput | None:
+        if not all(future.done() for _completion, future in _unread(self.output)):
+            return None  # the caller goes on to `get`
+        output: RequestOutput | PoolingRequestOutput | None = original(self)
+        _attach_all(output)
+        return output
+
+    return get_nowait
 
 
 def _raise_at_the_end(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,11 +302,10 @@ def _keep_when_merged(original: Callable[..., Any]) -> Callable[..., Any]:
     def add(self: RequestOutput, next_output: RequestOutput, aggregate: bool) -> None:
         original(self, next_output, aggregate)
         if aggregate:
-            finished = {completion.index: completion for completion in next_output.outputs if completion.finished()}
+            unread = {completion.index: future for completion, future in _unread(next_output)}
             for completion in self.outputs:
-                if (last := finished.get(completion.index)) is not None:
-                    for name in FIELDS:
-                        setattr(completion, name, getattr(last, name))
+                if (future := unread.get(completion.index)) is not None:
+                    setattr(completion, _UNREAD, future)
 
     return add
 
@@ -311,6 +371,23 @@ PATCHES = (
         _attach_at_finish,
         "Private, but the only place where every way to finish meets, stop strings included, and every child of n>1 "
         "has its own completion.",
+        _REMOVE_WHEN,
+    ),
+    Patch(
+        "vllm.v1.engine.output_processor",
+        "RequestOutputCollector.get",
+        ("self",),
+        _take,
+        "AsyncLLM makes its outputs in the event loop, which all requests share. Here a caller waits alone for the "
+        "copy of its embeddings, and an error reaches no other caller.",
+        _REMOVE_WHEN,
+    ),
+    Patch(
+        "vllm.v1.engine.output_processor",
+        "RequestOutputCollector.get_nowait",
+        ("self",),
+        _take_what_is_read,
+        "Likewise, where an output is there already.",
         _REMOVE_WHEN,
     ),
     Patch(

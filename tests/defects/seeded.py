@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -298,10 +299,12 @@ def rows_rounded() -> None:
 
 def lost_when_merged() -> None:
     """Outputs that merge for a slow consumer lose the embeddings."""
-    from harness.capture import frontend
+    from vllm.outputs import RequestOutput
 
-    harness.capture.register()  # first: it makes the fields' defaults from FIELDS
-    frontend.FIELDS = ()  # type: ignore[assignment]
+    harness.capture.register()
+    patched, original = RequestOutput.add, inspect.unwrap(RequestOutput.add)
+    # With the patch's mark, so that registering again does not wrap it again.
+    RequestOutput.add = functools.wraps(patched)(lambda *args, **kwargs: original(*args, **kwargs))
 
 
 def handle_sent_elsewhere() -> None:
