@@ -183,7 +183,7 @@ def test_a_caller_of_async_llm_waits_for_its_embeddings_alone(
 
 
 def test_a_caller_that_gives_up_leaves_the_copy_to_end(
-    processor: OutputProcessor, monkeypatch: pytest.MonkeyPatch
+    processor: OutputProcessor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It ends the lease."""
     copied, ended_lease = threading.Event(), threading.Event()
@@ -202,6 +202,8 @@ def test_a_caller_that_gives_up_leaves_the_copy_to_end(
     asyncio.run(caller())
     copied.set()
     assert ended_lease.wait(30)
+    pool.shutdown()
+    assert [record.getMessage() for record in caplog.records if record.name == "concurrent.futures"] == []
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -10,6 +10,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -171,7 +172,12 @@ def _attach_all(output: Any) -> None:
 async def _done(future: Future[_Embeddings]) -> None:
     """Not asyncio.wrap_future: to give up waiting would cancel the copy, which ends the lease."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
-    future.add_done_callback(lambda _future: loop.call_soon_threadsafe(event.set))
+
+    def wake(_future: Future[_Embeddings]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: its caller gave up
+            loop.call_soon_threadsafe(event.set)
+
+    future.add_done_callback(wake)
     await event.wait()
 
 
