@@ -177,7 +177,7 @@ def test_what_a_request_asks_for_is_read_when_it_arrives(
     arrived = request("first")
     take_in = patch.wrap(lambda _core, _request: (arrived, 7))
     assert take_in(core, None) == (arrived, 7)
-    monkeypatch.setattr(capture, "_read", lambda _request: pytest.fail("read while the GPU waits for the schedule"))
+    monkeypatch.setattr(capture, "_wanted", lambda _request: pytest.fail("read while the GPU waits for the schedule"))
     assert len(copied(made, arrived).copies) == 1
     made.shutdown()
 

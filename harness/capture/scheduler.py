@@ -182,7 +182,7 @@ class SchedulerCapture:
 
         Where that is in time, the GPU does not wait for it, as it does for a schedule. Else `admit` does it.
         """
-        request.__dict__[_CAPTURE] = self._read(request)
+        request.__dict__[_CAPTURE] = self._wanted(request)
 
     def admit(self, request: Request, num_computed_tokens: int) -> bool:
         """Whether the request may be scheduled now: there is memory for its embeddings and a way to get them.
@@ -218,7 +218,7 @@ class SchedulerCapture:
             request.skip_reading_prefix_cache = True
         return False
 
-    def _read(self, request: Request) -> _Capture:
+    def _wanted(self, request: Request) -> _Capture:
         options = RequestOptions.of(request.sampling_params.extra_args if request.sampling_params else None)
         features = encoded_features(request.mm_features) if options.capture else []
         packed = options.levels or self.settings.reuse
@@ -239,7 +239,7 @@ class SchedulerCapture:
 
     def _start(self, request: Request) -> _Capture | None:
         request_id = request.request_id
-        capture: _Capture = request.__dict__.get(_CAPTURE) or self._read(request)
+        capture: _Capture = request.__dict__.get(_CAPTURE) or self._wanted(request)
         if capture.items:
             if request.resumable:
                 self._fail(request, "it is a streaming-input session; send its items in one prompt")
@@ -391,7 +391,9 @@ class SchedulerCapture:
         request_id = output.request_id
         if (failure := self._failures.get(request_id)) is not None:
             delivery = _error(failure, HTTPStatus.BAD_REQUEST)
-        elif request_id in self._undelivered:
+        elif request_id not in self._undelivered:
+            return
+        else:
             try:
                 handle = self.store.deliver(request_id)
             except NotDispatched:
@@ -407,8 +409,6 @@ class SchedulerCapture:
                 delivery = {**self._rows(request_id, handle, capture), **capture.delivery}
             self._undelivered.remove(request_id)
             self._settle(request_id)
-        else:
-            return
         output.ec_transfer_params = {**(output.ec_transfer_params or {}), DELIVERY: delivery}
 
     def _rows(self, request_id: str, handle: dict[str, Any], capture: _Capture) -> dict[str, Any]:

@@ -304,7 +304,11 @@ class EmbeddingStore:
         raise KeyError(f"request {request_id} does not hold item {item.identifier}")
 
     def _has_room(self, request_id: str, found: Collection[_Entry], missing: Collection[Item]) -> bool:
-        """Whether there is room for the missing items beside those found, all of one request."""
+        """Whether there is room for the missing items beside those found, all of one request.
+
+        Raises:
+            ItemTooLarge: there will never be room.
+        """
         capacity = self._arena.capacity_bytes
         needed = sum(footprint(item.nbytes) for item in missing)
         if (total := needed + sum(entry.nbytes for entry in found)) > capacity:
@@ -373,10 +377,10 @@ class EmbeddingStore:
     def _find_or_forget(self, item: Item) -> _Entry | None:
         """The item's entry; not one that the worker had no data for, which is forgotten."""
         entry = self._index.get(item)
-        if entry is None or entry.copied:
+        if entry is None or not entry.dispatched or self._is_copied(entry):
             return entry
         # The worker sends no message back, but its stamp is there to read.
-        if entry.dispatched and not self._is_copied(entry) and self._arena.failed(entry.block):
+        if self._arena.failed(entry.block):
             del self._index[item]
             if not entry.holders:
                 self._free(self._pop_cached(item))
