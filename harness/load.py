@@ -155,7 +155,7 @@ class Latencies:
 
     Attributes:
         first_token: of each request.
-        between_tokens: mean of each request.
+        between_tokens: mean of each request after its first output; nothing of one that had them all in one.
         end_to_end: of each request.
         with_embedding: completions that carry embeddings.
     """
@@ -283,20 +283,22 @@ async def one_at_a_time(server: Server) -> Latencies:
     return _latencies([await _timed(server, request, time.perf_counter()) for request in prepared(server).requests])
 
 
-def _latencies(timed: list[tuple[float, float, float, bool]]) -> Latencies:
+def _latencies(timed: list[tuple[float, float | None, float, bool]]) -> Latencies:
     first, between, end, found = zip(*timed, strict=True)
-    return Latencies(list(first), list(between), list(end), sum(found))
+    return Latencies(list(first), [seconds for seconds in between if seconds is not None], list(end), sum(found))
 
 
-async def _timed(server: Server, request: Request, due: float) -> tuple[float, float, float, bool]:
+async def _timed(server: Server, request: Request, due: float) -> tuple[float, float | None, float, bool]:
     await asyncio.sleep(max(0.0, due - time.perf_counter()))
-    times, tokens, found = [], 0, False
+    times, tokens, found = [], [], False
     async for output in stream(server, request):
         [completion] = output.outputs
         times.append(time.perf_counter())
-        tokens = len(completion.token_ids)
+        tokens.append(len(completion.token_ids))
         found = found or getattr(completion, "mm_embedding", None) is not None
-    return times[0] - due, (times[-1] - times[0]) / max(1, tokens - 1), times[-1] - due, found
+    # AsyncLLM merges the outputs that its consumer was late for, maybe all of them.
+    between = (times[-1] - times[0]) / (tokens[-1] - tokens[0]) if tokens[-1] > tokens[0] else None
+    return times[0] - due, between, times[-1] - due, found
 
 
 async def saturate(server: Server) -> float:

@@ -120,9 +120,14 @@ def ratios(
         starts: how often they were to start.
         absent: seconds of each request of each round without the plugin.
         ours: with it.
+
+    A round in which an arm has no sample, because all of its requests had one output, is left out.
     """
+    kept = [index for index, pair in enumerate(zip(absent, ours, strict=True)) if all(pair)]
+    rounds = [rounds[index] for index in kept]
+    absent, ours = ([each[index] for index in kept] for each in (absent, ours))
     found = {}
-    for number in (50, 99) if len(absent[0]) > 1 else (50,):
+    for number in (50, 99) if max(map(len, absent), default=0) > 1 else (50,):
         each = [[percentile(number)(np.asarray(samples)) for samples in arm] for arm in (absent, ours)]
         found[f"p{number}"] = over_starts(rounds, starts, median_ratio, *each)
     pooled = functools.partial(pooled_ratio, statistic=percentile(99))

@@ -265,5 +265,11 @@ def test_a_round_that_is_disturbed_is_the_p99_of_all_and_not_that_of_the_rounds(
     found = ratios([0] * 12, 1, calm, disturbed)
     assert (found["p50"].value, found["p99"].value) == (1.0, 1.0)
     assert found["p99 of all"].value < 0.7
+    # A request whose outputs were all merged has no time between its tokens.
+    lacking = [[], *calm[1:]]
+    assert ratios([0] * 12, 1, calm, lacking) == ratios([0] * 11, 1, calm[1:], calm[1:])
+    assert ratios([0] * 12, 1, [[], [1.0, 1.0], *calm[2:]], calm)["p50"].samples == 11
+    with pytest.raises(ValueError, match="needs a round"):
+        ratios([0], 1, [[]], [[1.0]])
     # One request a round has one latency, which is all percentiles of its round.
     assert set(ratios([0] * 12, 1, [[1.0]] * 12, [[1.0]] * 12)) == {"p50", "p99 of all"}

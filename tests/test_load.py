@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import statistics
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -98,6 +97,14 @@ def test_small_is_the_same_shape_of_work(workload: Workload) -> None:
     assert len(list(small.parts(0))) == small.requests
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Its `now` is the time of the loads, which passes when a test says so, however slow the machine is."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(load, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
 def run(monkeypatch: pytest.MonkeyPatch, engine: Any, interface: Interface, workload: Workload) -> load.Sample:
     server = Server(EngineSpec("model", Arm.ABSENT, interface), engine)
     monkeypatch.setattr(load, "prompts_and_params", lambda _requests: ([], []))
@@ -108,14 +115,18 @@ def run(monkeypatch: pytest.MonkeyPatch, engine: Any, interface: Interface, work
 
 @pytest.mark.parametrize("workload", [load.PROCESSED, load.REPEATED], ids=str)
 def test_an_engine_begins_what_is_processed_when_it_has_all_requests(
-    monkeypatch: pytest.MonkeyPatch, workload: Workload
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace, workload: Workload
 ) -> None:
+    def take(seconds: float) -> list[Any]:
+        clock.now += seconds
+        return []
+
     llm = mock.MagicMock()
-    llm.enqueue.side_effect = lambda *_args, **_options: time.sleep(0.2)
-    llm.wait_for_completion.return_value = []
+    llm.enqueue.side_effect = lambda *_args, **_options: take(8)
+    llm.wait_for_completion.side_effect = lambda **_options: take(2)
     sample = run(monkeypatch, llm, Interface.LLM, workload)
     assert [name for name, *_ in llm.mock_calls] == ["sleep", "enqueue", "wake_up", "wait_for_completion"]
-    assert sample.seconds < 0.1, "the time of what comes before the engine counts"
+    assert sample.seconds == 2, "the time of what comes before the engine counts"
 
 
 def test_what_a_round_copies_is_what_the_engine_counted_since_it_was_prepared(
@@ -147,16 +158,24 @@ def test_an_engine_does_not_stay_asleep_where_a_request_is_refused(monkeypatch: 
     assert [name for name, *_ in llm.mock_calls] == ["sleep", "enqueue", "wake_up"]
 
 
-def test_async_llm_begins_what_is_processed_when_it_has_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_async_llm_begins_what_is_processed_when_it_has_all_requests(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
+) -> None:
     calls: list[str] = []
+    awake = asyncio.Event()
 
     async def called(name: str) -> None:
         calls.append(name)
+        if name == "wake_up":
+            awake.set()
 
     async def outputs(_server: Server, requests: list[Request]) -> list[Any]:
         for _ in requests:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.01)
+            clock.now += 4
             calls.append("taken in")
+        await awake.wait()
+        clock.now += 2
         return []
 
     engine = mock.MagicMock()
@@ -166,7 +185,7 @@ def test_async_llm_begins_what_is_processed_when_it_has_all_requests(monkeypatch
     monkeypatch.setattr(load, "final_outputs", outputs)
     sample = run(monkeypatch, engine, Interface.ASYNC_LLM, load.PROCESSED)
     assert calls == ["sleep", "taken in", "taken in", "wake_up"]
-    assert sample.seconds < 0.1, "the time of what comes before the engine counts"
+    assert sample.seconds == 2, "the time of what comes before the engine counts"
 
 
 @pytest.mark.parametrize("interface", [Interface.LLM, Interface.ASYNC_LLM])
@@ -195,14 +214,14 @@ def test_async_llm_gets_what_is_processed_rendered_anew_each_round(
             assert [len(prompt["multi_modal_data"]["image"]) for prompt in prompts] == [2] * 6
 
 
-def test_the_time_of_other_workloads_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_other_workloads_is_that_of_all(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
     async def outputs(_server: Server, _requests: list[Request]) -> list[Any]:
-        await asyncio.sleep(0.2)
+        clock.now += 2
         return []
 
     monkeypatch.setattr(load, "final_outputs", outputs)
     engine = mock.MagicMock()
-    assert run(monkeypatch, engine, Interface.LLM, load.DISTINCT).seconds >= 0.2
+    assert run(monkeypatch, engine, Interface.LLM, load.DISTINCT).seconds == 2
     assert not engine.mock_calls
 
 
@@ -218,23 +237,46 @@ def test_arrivals_are_a_poisson_process_of_the_same_load_in_every_round() -> Non
     assert statistics.variance(counts) == pytest.approx(expected * (1 - expected / 64), rel=0.25)
 
 
-def test_one_at_a_time_no_request_waits_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    running: list[Request] = []
+def answer(clock: SimpleNamespace, seconds: float, *tokens: int) -> AsyncIterator[Any]:
+    """A request's outputs of so many tokens, each so long after the one before; the last one has the embedding."""
 
-    async def stream(_server: Server, request: Request) -> AsyncIterator[Any]:
-        assert not running, "two requests at once"
-        running.append(request)
-        for tokens in (1, 3):
-            await asyncio.sleep(0.05)
-            completion = SimpleNamespace(token_ids=[0] * tokens, mm_embedding="rows" if tokens == 3 else None)
-            yield SimpleNamespace(outputs=[completion])
-        running.remove(request)
+    async def outputs() -> AsyncIterator[Any]:
+        for number in tokens:
+            clock.now += seconds
+            rows = "rows" if number == tokens[-1] else None
+            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * number, mm_embedding=rows)])
 
-    monkeypatch.setattr(load, "stream", stream)
+    return outputs()
+
+
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch, stream: Callable[[Request], AsyncIterator[Any]]) -> load.Latencies:
+    monkeypatch.setattr(load, "stream", lambda _server, request: stream(request))
     server = Server(EngineSpec("model", interface=Interface.ASYNC_LLM), mock.MagicMock())
     load.prepared(server).requests = [Request({}) for _ in range(3)]
-    found = asyncio.run(load.one_at_a_time(server))
-    assert found.with_embedding == 3
-    assert all(0.05 <= seconds < 0.2 for seconds in found.first_token), "the time of requests before it counts"
-    assert all(0.02 <= seconds < 0.2 for seconds in found.between_tokens)
-    assert all(0.1 <= seconds < 0.28 for seconds in found.end_to_end)
+    return asyncio.run(load.one_at_a_time(server))
+
+
+def test_one_at_a_time_no_request_waits_for_another(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
+    running: list[Request] = []
+
+    async def stream(request: Request) -> AsyncIterator[Any]:
+        assert not running, "two requests at once"
+        running.append(request)
+        async for output in answer(clock, 6.0, 1, 3):
+            await asyncio.sleep(0.001)
+            yield output
+        running.remove(request)
+
+    found = one_at_a_time(monkeypatch, stream)
+    assert found == load.Latencies([6.0] * 3, [3.0] * 3, [12.0] * 3, with_embedding=3)
+
+
+def test_the_time_between_tokens_is_that_after_the_first_output(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
+) -> None:
+    """Of outputs that AsyncLLM merged because their consumer was late."""
+    answers = iter([answer(clock, 6.0, 3, 4), answer(clock, 6.0, 4), answer(clock, 6.0, 1, 4)])
+    found = one_at_a_time(monkeypatch, lambda _request: next(answers))
+    assert found.between_tokens == [6.0, 2.0], "one output has no time between tokens"
+    assert found.first_token == [6.0] * 3
+    assert found.end_to_end == [12.0, 6.0, 12.0]
