@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from unittest import mock
 import msgspec
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.capture import reader, transport
@@ -135,9 +135,7 @@ def test_one_spare_segment_is_kept(arena: Arena) -> None:
     assert allocate(arena, 0).segment == blocks[0].segment
 
 
-def test_empty_segments_are_kept_while_the_arena_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr("harness.capture.arena.time", SimpleNamespace(monotonic=lambda: clock.now))
+def test_empty_segments_are_kept_while_the_arena_is_used(arena_clock: SimpleNamespace) -> None:
     arena = Arena(16 * PAGE, segment_bytes=PAGE, retain_seconds=30.0)
     blocks = [allocate(arena, PAGE - HEADER_BYTES) for _ in range(4)]
     made = arena.take_made()
@@ -152,12 +150,12 @@ def test_empty_segments_are_kept_while_the_arena_is_used(monkeypatch: pytest.Mon
     for block in again:
         arena.free(block)
     for use in (lambda: arena.free(allocate(arena, 1)), lambda: arena.withdraw(arena.lease())):
-        clock.now += 20
+        arena_clock.now += 20
         use()
-        clock.now += 20
+        arena_clock.now += 20
         assert arena.trim(), "all are empty for longer than that, but the load goes on"
         assert arena.mapped_bytes == 4 * PAGE
-    clock.now += 20
+    arena_clock.now += 20
     assert not arena.trim()
     assert arena.mapped_bytes == PAGE
     arena.close()
@@ -214,6 +212,7 @@ def test_sizes_must_be_positive() -> None:
         Arena(0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.integers(0, 2 * PAGE), st.tuples(st.integers(0, 99))), max_size=60))
 def test_blocks_are_disjoint_and_accounted_for(steps: list[int | tuple[int]]) -> None:
     """An integer allocates so many bytes, a tuple frees a block of that index."""
@@ -445,28 +444,28 @@ def test_a_withdrawn_lease_is_gone(arena: Arena, writer: Writer) -> None:
     assert arena.reap() == ([], [])
 
 
-def test_a_lease_expires() -> None:
-    arena = Arena(PAGE, lease_seconds=0.05)
-    lease, handle = lease_of(arena, allocate(arena, 128))
-    assert arena.reap() == ([], [])
-    time.sleep(0.06)
-    assert arena.reap() == ([], [lease])
-    with pytest.raises(BlockGone, match="expired"):
-        read(handle)
-    arena.close()
+def test_a_lease_expires(arena_clock: SimpleNamespace) -> None:
+    with closing(Arena(PAGE, lease_seconds=60)) as arena:
+        lease, handle = lease_of(arena, allocate(arena, 128))
+        arena_clock.now += 59
+        assert arena.reap() == ([], [])
+        arena_clock.now += 1
+        assert arena.reap() == ([], [lease])
+        with pytest.raises(BlockGone, match="expired"):
+            read(handle)
 
 
-def test_each_lease_expires_at_its_own_time() -> None:
+def test_each_lease_expires_at_its_own_time(arena_clock: SimpleNamespace) -> None:
     """Also where nothing changed in the ledger since the last look."""
-    with closing(Arena(PAGE, lease_seconds=0.5)) as arena:
+    with closing(Arena(PAGE, lease_seconds=60)) as arena:
         first = arena.lease()
-        time.sleep(0.3)
+        arena_clock.now += 40
         second = arena.lease()
         assert arena.reap() == ([], [])
-        time.sleep(max(0.0, first.deadline - time.monotonic()))
+        arena_clock.now += 20
         assert arena.reap() == ([], [first])
         assert arena.reap() == ([], [])
-        time.sleep(max(0.0, second.deadline - time.monotonic()))
+        arena_clock.now += 40
         assert arena.reap() == ([], [second])
 
 
@@ -767,10 +766,20 @@ def test_only_this_user_may_open_it_and_no_program_inherits_it(arena: Arena) -> 
         assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
 
 
+def named_shared_memory(pid: int | None) -> set[str]:
+    """The files of /dev/shm that the process has open or mapped. Not what is there: others' processes use it too."""
+    process = Path(f"/proc/{pid}")
+    paths = [line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()]
+    for fd in (process / "fd").iterdir():
+        with suppress(FileNotFoundError):  # it was that of this very look
+            paths.append(str(fd.readlink()))
+    return {path for path in paths if path.startswith("/dev/shm/")}
+
+
 def test_no_file_appears(arena: Arena, writer: Writer) -> None:
-    before = sorted(Path("/dev/shm").iterdir())
+    before = named_shared_memory(os.getpid())
     writer.write(allocate(arena, WIDTH * 4), torch.zeros(1, WIDTH))
-    assert sorted(Path("/dev/shm").iterdir()) == before
+    assert named_shared_memory(os.getpid()) == before
 
 
 def test_a_late_copy_does_not_reach_a_file_with_the_segments_old_number(
@@ -937,13 +946,14 @@ def wait_until_open(reader: Remote, segment: SegmentId) -> None:
 
 
 def test_a_killed_owner_leaves_nothing_and_its_readers_an_error(owner: Remote) -> None:
-    shared_files = sorted(Path("/dev/shm").iterdir())
     address = owner.result()
     block = owner.call("allocate", make_rows(1).nbytes)
     waiting = remote_lease(owner, block)
     late = remote_lease(owner, block)
     with running(serve_read, waiting, 30.0) as reader:
         wait_until_open(reader, block.segment)
+        for process in (owner, reader):
+            assert not named_shared_memory(process.process.pid), "what has a name outlives the process"
         owner.kill()
         error = reader.result()
         assert isinstance(error, BlockGone)
@@ -953,7 +963,6 @@ def test_a_killed_owner_leaves_nothing_and_its_readers_an_error(owner: Remote) -
     discard(late)
     assert holders_of(block.segment) == []
     assert holders_of(address.ledger) == []
-    assert sorted(Path("/dev/shm").iterdir()) == shared_files
 
 
 def test_a_process_that_is_dead_but_not_waited_for_has_ended() -> None:
