@@ -31,11 +31,13 @@ from harness.pytest_plugin.subject import KV_CACHE_BYTES, Subject
 pytestmark = [pytest.mark.suite("contract"), pytest.mark.once, pytest.mark.clause("C13")]
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
+@contextlib.contextmanager
+def _port() -> Iterator[int]:
+    """One that nobody else gets meanwhile: the server listens on it beside this socket, as both say SO_REUSEADDR."""
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]
 
 
 def _flags(options: Mapping[str, Any]) -> Iterator[str]:
@@ -73,9 +75,8 @@ def _serving(
 def server(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`vllm serve`, and its address."""
     subject.pool.shutdown()  # their memory is needed, and none is used here
-    port = _free_port()
     log = tmp_path_factory.mktemp("server") / "log"
-    with _serving(subject, log, "--host", "127.0.0.1", "--port", str(port)) as process:
+    with _port() as port, _serving(subject, log, "--host", "127.0.0.1", "--port", str(port)) as process:
         address = f"http://127.0.0.1:{port}"
         _wait_until_healthy(process, address, log)
         yield process, address
@@ -215,16 +216,17 @@ def test_an_engine_in_another_container(subject: Subject, tmp_path: Path) -> Non
     if subprocess.run([*elsewhere, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("a pid namespace of one's own is not permitted")
     subject.pool.shutdown()
-    port, log, engine_log = _free_port(), tmp_path / "log", tmp_path / "engine log"
-    shared = ["--data-parallel-size", "1", "--data-parallel-address", "127.0.0.1"]
-    shared += ["--data-parallel-rpc-port", str(_free_port())]
-    api = ["--host", "127.0.0.1", "--port", str(port), "--data-parallel-size-local", "0"]
-    address = f"http://127.0.0.1:{port}"
-    with (
-        _serving(subject, engine_log, *shared, "--headless", "--data-parallel-size-local", "1", inside=elsewhere),
-        _serving(subject, log, *shared, *api) as process,
-        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
-    ):
+    log, engine_log = tmp_path / "log", tmp_path / "engine log"
+    with contextlib.ExitStack() as stack:
+        port, rpc_port = (str(stack.enter_context(_port())) for _ in range(2))
+        shared = ["--data-parallel-size", "1", "--data-parallel-address", "127.0.0.1"]
+        shared += ["--data-parallel-rpc-port", rpc_port]
+        engine = ["--headless", "--data-parallel-size-local", "1"]
+        stack.enter_context(_serving(subject, engine_log, *shared, *engine, inside=elsewhere))
+        api = ["--host", "127.0.0.1", "--port", port, "--data-parallel-size-local", "0"]
+        process = stack.enter_context(_serving(subject, log, *shared, *api))
+        address = f"http://127.0.0.1:{port}"
+        client = stack.enter_context(openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0))
         _wait_until_healthy(process, address, log)
         rows = decode(ask(client, max_completion_tokens=1, **ASKED).choices[0].mm_embedding)
     assert "Embeddings go through the sockets" in engine_log.read_text()

@@ -31,8 +31,8 @@ def engine(subject: Subject) -> Engine:
     return subject.engine(interface=Interface.ASYNC_LLM, in_process=False, mm_embedding_cache_gb=0.0)
 
 
-async def collect(server: Server, request: Request, kind: str, pause: float) -> list[tuple[int, bool, Any]]:
-    """(tokens, finished, embedding) of every output."""
+async def collect(server: Server, request: Request, kind: str, slow: bool) -> list[tuple[int, bool, Any]]:
+    """(tokens, finished, embedding) of every output; a slow consumer takes the second one when all is generated."""
     from vllm.sampling_params import RequestOutputKind
 
     request = Request(request.prompt, {**request.params, "output_kind": RequestOutputKind[kind]})
@@ -40,19 +40,20 @@ async def collect(server: Server, request: Request, kind: str, pause: float) -> 
     async for output in stream(server, request):
         completion = output.outputs[0]
         outputs.append((len(completion.token_ids), completion.finished(), completion.mm_embedding))
-        await asyncio.sleep(pause)
+        while slow and server.engine.output_processor.has_unfinished_requests():  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(0.01)
     return outputs
 
 
 @pytest.mark.clause("C1", "C5")
-@pytest.mark.parametrize("pause", [0.0, 0.5], ids=["quick", "slow consumer"])
+@pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow consumer"])
 @pytest.mark.parametrize("kind", ["DELTA", "CUMULATIVE", "FINAL_ONLY"])
-def test_only_the_final_output_carries_it(subject: Subject, engine: Engine, kind: str, pause: float) -> None:
+def test_only_the_final_output_carries_it(subject: Subject, engine: Engine, kind: str, slow: bool) -> None:
     truth = engine.generate(subject.request(image(91), "one", max_tokens=1))[0][0].mm_embedding
     request = subject.request(image(91), "stream", max_tokens=24, ignore_eos=True)
-    outputs = engine.call(collect, request, kind, pause)
-    if pause and kind != "FINAL_ONLY":
-        assert len(outputs) < 24, "no outputs were merged: the condition did not happen"
+    outputs = engine.call(collect, request, kind, slow)
+    if slow and kind != "FINAL_ONLY":
+        assert len(outputs) <= 2, "the outputs after the first one were not merged: the condition did not happen"
     *others, (_tokens, finished, rows) = outputs
     assert all(not done and value is None for _count, done, value in others)
     assert finished
@@ -106,36 +107,51 @@ def test_a_frontend_elsewhere_gets_the_same(subject: Subject, engine: Engine) ->
 
 
 async def abort_many(server: Server, requests: list[Request], seed: int) -> Counter[str]:
-    """Runs all requests and drops each at a random moment; how many were where at that moment."""
-    moments = random.Random(seed)
+    """Runs all requests and drops each; how many were where at that moment.
 
-    async def one(request: Request, moment: float) -> str:
+    Half of them go at a random moment, and half after one of their outputs: however slow the machine is, some of each.
+    """
+    drawn = random.Random(seed)
+
+    async def one(request: Request, seconds: float | None, outputs: int) -> str:
         state = "before the first output"
+        enough = asyncio.Event()
 
         async def consume() -> None:
-            nonlocal state
+            nonlocal state, outputs
             async for output in stream(server, request):
                 state = "done" if output.finished else "streaming"
+                outputs -= 1
+                if not outputs:
+                    enough.set()
 
         task = asyncio.create_task(consume())
-        await asyncio.wait([task], timeout=moment)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        ends = [task, asyncio.create_task(enough.wait())]
+        await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        await asyncio.gather(*ends, return_exceptions=True)
         return state
 
     states: Counter[str] = Counter()
     for start in range(0, len(requests), 25):
         batch = requests[start : start + 25]
-        states.update(await asyncio.gather(*(one(request, moments.uniform(0.0, 0.4)) for request in batch)))
-    await asyncio.sleep(0.5)
+        ends = [(drawn.uniform(0.0, 0.4), 0) if index % 2 else (None, drawn.randint(1, 40)) for index in range(25)]
+        states.update(await asyncio.gather(*(one(request, *end) for request, end in zip(batch, ends, strict=True))))
     return states
+
+
+async def stats_when_all_is_taken(server: Server) -> dict[str, int]:
+    """Of the engine core, when the frontend has taken what it was sent."""
+    await capture_stats(server)  # the answer follows all that was sent, on the same socket
+    return await capture_stats(server)
 
 
 @pytest.mark.clause("C11")
 def test_aborts_leave_nothing(subject: Subject, engine: Engine, record_property: Callable[[str, object], None]) -> None:
     requests = [subject.request(image(seed % 50), "long", max_tokens=60, ignore_eos=True) for seed in range(1000)]
     states = engine.call(abort_many, requests, 1)
-    stats = engine.call(capture_stats)
+    stats = engine.call(stats_when_all_is_taken)
     record_property("aborted", dict(states))
     for moment in ("before the first output", "streaming"):
         assert states[moment] > 50, f"few requests were aborted {moment}: the condition did not happen ({states})"
@@ -143,6 +159,30 @@ def test_aborts_leave_nothing(subject: Subject, engine: Engine, record_property:
     left = {name: stats[name] for name in ("admitted", "requests", "leases", "items", "held_bytes")}
     assert not any(left.values()), f"still held after the aborts: {left}"
     assert engine.generate(subject.request(image(92), "alive"))[0][0].mm_embedding is not None
+
+
+async def abort_what_was_sent(server: Server, request: Request) -> int:
+    """Aborts the request when its first output has left the engine core; how many leases there are then."""
+    from harness.capture.scheduler import DELIVERY
+
+    processor = server.engine.output_processor
+    process_outputs = processor.process_outputs
+
+    def aborting(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        sent = [output.request_id for output in outputs if DELIVERY in (output.ec_transfer_params or {})]
+        processor.abort_requests(sent, internal=True)
+        return process_outputs(outputs, *args, **kwargs)
+
+    with mock.patch.object(processor, "process_outputs", aborting):
+        outputs = [output async for output in stream(server, request)]
+    assert [output.outputs[0].finish_reason for output in outputs] == ["abort"]
+    return (await capture_stats(server))["leases"]
+
+
+@pytest.mark.clause("C11")
+def test_an_abort_while_the_embeddings_are_on_their_way_leaves_nothing(subject: Subject, engine: Engine) -> None:
+    leases = engine.call(abort_what_was_sent, subject.request(image(96), "too late"))
+    assert leases == 0, "what was sent of a request that was aborted meanwhile is held until its lease expires"
 
 
 def engine_core_pid(server: Server) -> int:

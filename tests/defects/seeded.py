@@ -223,6 +223,13 @@ def aborted_requests_never_released() -> None:
     _replace(SchedulerCapture, "request_finished", leak)
 
 
+def sent_embeddings_not_discarded() -> None:
+    """Leak: what was sent of a request that was aborted meanwhile is held until its lease expires."""
+    from harness.capture import reader
+
+    _replace(reader, "discard", lambda _original: lambda _handle: None)
+
+
 def prefill_not_forced() -> None:
     """A prefix-cache hit is taken although it covers an item that was not captured."""
     from harness.capture.scheduler import SchedulerCapture

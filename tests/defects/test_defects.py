@@ -147,6 +147,12 @@ DEFECTS = (
         run="streaming",
     ),
     Defect(
+        "sent_embeddings_not_discarded",
+        "test_contract_streaming.py::test_an_abort_while_the_embeddings_are_on_their_way_leaves_nothing[qwen3_vl]",
+        "is held until its lease expires",
+        run="streaming",
+    ),
+    Defect(
         "handle_sent_elsewhere",
         "test_contract_streaming.py::test_a_frontend_elsewhere_gets_the_same[qwen3_vl]",
         "a frontend elsewhere got a handle",
