@@ -42,8 +42,8 @@ def connector(
     return MMEmbeddingConnector(cast(VllmConfig, config), role)
 
 
-def request(name: str, num_rows: int = NUM_ROWS) -> Request:
-    feature = MultiModalFeatureSpec(None, "image", "item", PlaceholderRange(1, num_rows), "item")
+def request(name: str, num_rows: int = NUM_ROWS, identifier: str = "item") -> Request:
+    feature = MultiModalFeatureSpec(None, "image", identifier, PlaceholderRange(1, num_rows), identifier)
     return Request(name, list(range(1 + num_rows)), SamplingParams(max_tokens=1), None, mm_features=[feature])
 
 
@@ -133,6 +133,99 @@ def test_a_promise_is_for_one_item(capture: SchedulerCapture) -> None:
     assert isinstance(plan, StepPlan)
     assert ([item.num_rows for item, _ in plan.copies], plan.loads) == ([NUM_ROWS + 1], [])
     assert capture.reused == 0
+    made.shutdown()
+
+
+def held_bytes(capture: SchedulerCapture) -> int:
+    """Bytes that somebody holds: not those that are kept for re-use alone, which others may take the place of."""
+    stats = capture.stats()
+    return stats["held_bytes"] - stats["cached_bytes"]
+
+
+def finish(made: MMEmbeddingConnector, *requests: Request) -> None:
+    for each in requests:
+        made.request_finished(each)
+
+
+def end_step(capture: SchedulerCapture) -> None:
+    """The one that began first of those under way."""
+    capture.begin_update()
+    capture.end_update([])
+
+
+def test_what_a_step_loads_is_held_until_that_step_has_ended(capture: SchedulerCapture) -> None:
+    """With several steps under way, whose requests may be aborted meanwhile."""
+    made = connector(ECConnectorRole.SCHEDULER)
+    kept = [request(name, identifier=name) for name in ("a", "b")]
+    for each in kept:
+        copied(made, each)
+        end_step(capture)
+    finish(made, *kept)
+    block, loads = capture.stats()["cached_bytes"] // 2, []
+    for name in ("a", "b"):
+        again = request(f"{name} again", identifier=name)
+        assert made.ensure_cache_available(again, 0)
+        assert made.has_cache_item(name)
+        made.update_state_after_alloc(again, 0)
+        plan = made.build_connector_meta(step(**{again.request_id: again.num_tokens}))
+        assert isinstance(plan, StepPlan)
+        loads += [item.identifier for item, _ in plan.loads]
+        finish(made, again)
+    assert loads == ["a", "b"]
+    assert (capture.reused, capture.reused_bytes) == (2, 2 * NUM_ROWS * WIDTH * 2)
+    held = [held_bytes(capture)]
+    for _ in range(2):
+        end_step(capture)
+        held.append(held_bytes(capture))
+    assert held == [2 * block, block, 0]
+    made.shutdown()
+
+
+def test_a_promise_that_a_step_does_not_keep_ends_with_its_plan(capture: SchedulerCapture) -> None:
+    """The encoder cache had no room for the request's item."""
+    made = connector(ECConnectorRole.SCHEDULER)
+    first, second = request("first"), request("second")
+    copied(made, first)
+    finish(made, first)
+    assert made.ensure_cache_available(second, 0)
+    assert made.has_cache_item("item")
+    assert made.build_connector_meta(step(other=1)) is None
+    made.update_state_after_alloc(second, 0)
+    assert made.build_connector_meta(step(second=second.num_tokens)) is None, "what it would load is not held any more"
+    finish(made, second)
+    assert held_bytes(capture) == 0
+    assert capture.reused == 0
+    made.shutdown()
+
+
+def test_a_request_that_cannot_be_captured_is_told_why_once_and_forgotten(capture: SchedulerCapture) -> None:
+    made = connector(ECConnectorRole.SCHEDULER)
+    large = request("large", (1 << 20) // WIDTH)
+    assert not made.ensure_cache_available(large, 0)
+    assert made.take_unavailable_requests() == {"large"}
+    output = EngineCoreOutput("large", [])
+    capture.begin_update()
+    finish(made, large)
+    capture.end_update([EngineCoreOutputs(outputs=[output])])
+    assert output.ec_transfer_params is not None
+    delivery = output.ec_transfer_params[DELIVERY]
+    assert delivery["status"] == 400
+    assert "mm_embedding_memory_gb" in delivery["error"]
+    assert made.take_unavailable_requests() == set()
+    made.shutdown()
+
+
+def test_a_prompt_that_was_computed_elsewhere_is_an_error(capture: SchedulerCapture) -> None:
+    """A connector of the key-value cache brought it: passing by the prefix cache would not make the encoder run."""
+    made = connector(ECConnectorRole.SCHEDULER)
+    asked = request("first")
+    assert not made.ensure_cache_available(asked, asked.num_tokens)
+    assert asked.skip_reading_prefix_cache
+    assert capture.forced_prefills == 1
+    assert not made.take_unavailable_requests()
+    assert not made.ensure_cache_available(asked, asked.num_tokens)
+    assert made.take_unavailable_requests() == {"first"}
+    assert capture.forced_prefills == 1
     made.shutdown()
 
 
