@@ -43,8 +43,14 @@ def connector(
 
 
 def request(name: str, num_rows: int = NUM_ROWS, identifier: str = "item") -> Request:
-    feature = MultiModalFeatureSpec(None, "image", identifier, PlaceholderRange(1, num_rows), identifier)
-    return Request(name, list(range(1 + num_rows)), SamplingParams(max_tokens=1), None, mm_features=[feature])
+    return request_of(name, {identifier: PlaceholderRange(1, num_rows)})
+
+
+def request_of(name: str, items: dict[str, PlaceholderRange]) -> Request:
+    """With items of these identifiers at these places, and nothing behind the last one."""
+    features = [MultiModalFeatureSpec(None, "image", each, where, each) for each, where in items.items()]
+    num_tokens = max(where.offset + where.length for where in items.values())
+    return Request(name, list(range(num_tokens)), SamplingParams(max_tokens=1), None, mm_features=features)
 
 
 def step(**num_scheduled_tokens: int) -> SchedulerOutput:
@@ -212,6 +218,43 @@ def test_a_request_that_cannot_be_captured_is_told_why_once_and_forgotten(captur
     assert delivery["status"] == 400
     assert "mm_embedding_memory_gb" in delivery["error"]
     assert made.take_unavailable_requests() == set()
+    made.shutdown()
+
+
+def test_an_item_is_copied_in_the_first_step_that_has_rows_of_it(capture: SchedulerCapture) -> None:
+    made = connector(ECConnectorRole.SCHEDULER)
+    mask = torch.tensor([False, False, True, False, False, True])
+    asked = request_of("first", {"a": PlaceholderRange(1, 5), "b": PlaceholderRange(8, 6, mask)})
+    steps = []
+    for num_tokens in (
+        1,
+        4,
+        5,
+        1,
+        1,
+        2,
+    ):  # of 14: before a, most of a, its end and b's begin, a row of b, none, the other
+        assert made.ensure_cache_available(asked, asked.num_computed_tokens)
+        plan = made.build_connector_meta(step(first=num_tokens))
+        steps.append([item.identifier for item, _block in plan.copies] if isinstance(plan, StepPlan) else [])
+        asked.num_computed_tokens += num_tokens
+    assert steps == [[], ["a"], [], ["b"], [], []]
+    assert capture.forced_prefills == 0
+    made.shutdown()
+
+
+def test_a_prefix_cache_hit_is_passed_by_only_for_what_it_covers_and_the_store_does_not_hold(
+    capture: SchedulerCapture,
+) -> None:
+    made = connector(ECConnectorRole.SCHEDULER)
+    copied(made, request("first", identifier="held"))
+    places = PlaceholderRange(1, NUM_ROWS), PlaceholderRange(10, NUM_ROWS)
+    for names, forced in ((("held", "new"), 0), (("other", "held"), 1), (("fresh", "newer"), 1)):
+        asked = request_of(" ".join(names), dict(zip(names, places, strict=True)))
+        before = capture.forced_prefills
+        assert made.ensure_cache_available(asked, 10) == (not forced)
+        assert capture.forced_prefills == before + forced
+        assert asked.skip_reading_prefix_cache == bool(forced)
     made.shutdown()
 
 
