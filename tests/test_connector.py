@@ -32,7 +32,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> SchedulerCapture:
 
 
 def connector(
-    role: ECConnectorRole, use_v2_model_runner: bool = True, worker: str = "vllm.v1.worker.gpu_worker.Worker"
+    role: ECConnectorRole, use_v2_model_runner: bool = True, worker: str | type = "vllm.v1.worker.gpu_worker.Worker"
 ) -> MMEmbeddingConnector:
     config = SimpleNamespace(
         ec_transfer_config=transfer_config(),
@@ -77,7 +77,7 @@ def test_a_step_with_nothing_to_do_has_no_plan() -> None:
     made.shutdown()
 
 
-@pytest.mark.parametrize("other", [{"use_v2_model_runner": False}, {"worker": "theirs.Worker"}])
+@pytest.mark.parametrize("other", [{"use_v2_model_runner": False}, {"worker": "theirs.Worker"}, {"worker": object}])
 def test_a_worker_that_may_have_another_model_runner_gets_an_empty_one(
     capture: SchedulerCapture, other: dict[str, Any]
 ) -> None:

@@ -427,6 +427,15 @@ def test_a_lease_is_read_once(arena: Arena, writer: Writer) -> None:
         read(handle)
 
 
+def test_rows_that_come_in_pieces(arena: Arena, writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One system call gives no more than 2 GiB, and may give less."""
+    block = allocate(arena, make_rows(1).nbytes)
+    writer.write(block, make_rows(1))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, offset: preadv(fd, [into[0][:100]], offset))
+    assert torch.equal(read(lease_of(arena, block)[1]), make_rows(1))
+
+
 def test_a_discarded_lease_is_done(arena: Arena) -> None:
     lease, handle = lease_of(arena, allocate(arena, 100))
     discard(handle)
