@@ -187,8 +187,11 @@ def test_only_fragments_let_the_mapped_bytes_exceed_the_cap() -> None:
     for index in (0, 2, 3, 5):
         arena.free(blocks[index])
     assert arena.allocate(3000) is None, "no extent is long enough, and the cap is mapped"
-    assert arena.allocate(3000, fragmented=True) is not None
+    block = arena.allocate(3000, fragmented=True)
+    assert block is not None
     assert arena.mapped_bytes == 3 * PAGE
+    arena.free(block)
+    assert arena.mapped_bytes == 2 * PAGE, "what is above the cap goes as soon as it is empty"
     arena.close()
 
 
@@ -207,9 +210,13 @@ def test_a_block_is_freed_once(arena: Arena) -> None:
         arena.free(block)
 
 
-def test_sizes_must_be_positive() -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"capacity_bytes": 0}, {"segment_bytes": 0}, {"lease_seconds": 0.0}, {"retain_seconds": -1.0}], ids=str
+)
+def test_sizes_must_be_positive(wrong: dict[str, Any]) -> None:
+    right = {"capacity_bytes": 1, "segment_bytes": 1, "lease_seconds": 1.0, "retain_seconds": 0.0}
     with pytest.raises(ValueError, match="positive"):
-        Arena(0)
+        Arena(**{**right, **wrong})
 
 
 @settings(deadline=None)
