@@ -8,7 +8,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from unittest import mock
 
@@ -18,7 +18,7 @@ import torch
 
 from harness.compare import compare
 from harness.engine import Completion, Engine, EngineError, Interface, Request
-from harness.engine_process import Server, generate, stream
+from harness.engine_process import Server, generate, rendered, stream
 from harness.media import image
 from harness.pytest_plugin.subject import Subject
 from suites.test_contract_basics import capture_stats, other_batch
@@ -183,6 +183,34 @@ async def abort_what_was_sent(server: Server, request: Request) -> int:
 def test_an_abort_while_the_embeddings_are_on_their_way_leaves_nothing(subject: Subject, engine: Engine) -> None:
     leases = engine.call(abort_what_was_sent, subject.request(image(96), "too late"))
     assert leases == 0, "what was sent of a request that was aborted meanwhile is held until its lease expires"
+
+
+async def stream_inputs(server: Server, requests: list[Request]) -> Any:
+    """The last output of a session whose prompt is sent in pieces."""
+    from vllm import SamplingParams
+    from vllm.engine.protocol import StreamingInput
+
+    [params] = {request.params["max_tokens"]: SamplingParams(**request.params) for request in requests}.values()
+    prompts = await rendered(server, [dict(request.prompt) for request in requests])
+
+    async def inputs() -> AsyncIterator[StreamingInput]:
+        for prompt in prompts:
+            yield StreamingInput(prompt)
+
+    async for output in server.engine.generate(inputs(), params, request_id="session"):
+        last = output
+    return last.outputs[0].mm_embedding
+
+
+@pytest.mark.clause("C12")
+def test_a_streaming_input_session_is_refused(subject: Subject, engine: Engine) -> None:
+    """Its items come when its first completions have ended. One without items goes on."""
+    pieces = [subject.request("first"), subject.request(image(97), "then")]
+    with pytest.raises(RuntimeError, match="is a streaming-input session; send its items in one prompt"):
+        engine.call(stream_inputs, pieces)
+    assert engine.call(stream_inputs, [subject.request("first"), subject.request("then")]) is None
+    stats = engine.call(stats_when_all_is_taken)
+    assert not any(stats[name] for name in ("admitted", "requests", "leases", "held_bytes")), f"still held: {stats}"
 
 
 def engine_core_pid(server: Server) -> int:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.outputs import RequestOutput
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -128,6 +129,49 @@ def test_nothing_is_missed_of(processor: OutputProcessor, reason: FinishReason, 
 def test_the_engine_core_tells_why_it_refuses_a_streaming_input_session(processor: OutputProcessor) -> None:
     add(processor, "0", resumable=True)
     assert not hasattr(processor.request_states["0"], "_mm_embedding_failures")
+
+
+def test_a_pooling_request_passes(processor: OutputProcessor) -> None:
+    """Its engine cannot capture, but may have the plugin installed."""
+    request = EngineCoreRequest("0", [1, 2], None, None, PoolingParams(), 0.0, None, None, None, external_req_id="0")
+    processor.add_request(request, None)
+    assert processor.get_num_unfinished_requests() == 1
+
+
+@pytest.mark.parametrize("theirs", [{}, {"peer": "host"}], ids=["alone", "beside another connector's"])
+def test_an_output_has_left_what_the_plugin_did_not_put_there(
+    processor: OutputProcessor, theirs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frontend, "_read", lambda _delivery: frontend._Embeddings(torch.ones(3, 2), None, []))
+    outputs = [ended("0", refused=True), ended("1")]
+    for output in outputs:
+        add(processor, output.request_id, expected=output.request_id == "0")
+        output.ec_transfer_params = {**(output.ec_transfer_params or {}), **theirs} or None
+    processor.process_outputs(outputs)
+    assert [output.ec_transfer_params for output in outputs] == [theirs or None] * 2
+
+
+def test_embeddings_that_are_there_are_taken_without_waiting(
+    processor: OutputProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeddings = frontend._Embeddings(torch.ones(3, 2), torch.ones(1, 3, 2), [])
+    monkeypatch.setattr(frontend, "_read", lambda _delivery: embeddings)
+    pool = ThreadPoolExecutor(1)
+    monkeypatch.setattr(frontend, "_readers", lambda: pool)
+
+    async def caller() -> RequestOutput:
+        collector = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "0")
+        add(processor, "0", queue=collector)
+        processor.process_outputs([ended("0", refused=True)])
+        pool.shutdown()
+        output = collector.get_nowait()
+        assert isinstance(output, RequestOutput)
+        return output
+
+    [completion] = asyncio.run(caller()).outputs
+    assert completion.mm_embedding is embeddings.rows
+    assert completion.mm_embedding_levels is embeddings.levels
+    assert completion.mm_embedding_items is embeddings.items
 
 
 def test_async_llm_raises_it_to_the_caller_and_aborts_the_rest(processor: OutputProcessor) -> None:
