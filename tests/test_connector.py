@@ -272,6 +272,27 @@ def test_a_prompt_that_was_computed_elsewhere_is_an_error(capture: SchedulerCapt
     made.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("num_levels", "modality", "loaded"),
+    [(0, "audio", True), (0, "image", True), (3, "image", True), (3, "video", True), (3, "audio", False)],
+)
+def test_what_has_no_levels_beside_others_that_have_is_encoded_again(
+    monkeypatch: pytest.MonkeyPatch, num_levels: int, modality: str, loaded: bool
+) -> None:
+    """It is kept with zeros in their place, which its encoder did not give."""
+    capture = SchedulerCapture(CaptureSettings(True, 1 << 20, 1 << 20, reuse=True), WIDTH, num_levels, "bfloat16")
+    monkeypatch.setattr(SchedulerCapture, "of", lambda _config: capture)
+    made = connector(ECConnectorRole.SCHEDULER)
+    first, again = request("first"), request("again")
+    for each in (first, again):
+        each.mm_features[0].modality = modality
+    [(item, _block)] = copied(made, first).copies
+    assert item.width == WIDTH * (1 + num_levels)
+    assert made.ensure_cache_available(again, 0)
+    assert made.has_cache_item("item") == loaded
+    made.shutdown()
+
+
 @pytest.mark.parametrize("reuse", [False, True])
 def test_a_request_is_settled_until_it_ends_once_its_items_are_copied(
     monkeypatch: pytest.MonkeyPatch, reuse: bool
