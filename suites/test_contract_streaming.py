@@ -190,7 +190,7 @@ async def stream_inputs(server: Server, requests: list[Request]) -> Any:
     from vllm import SamplingParams
     from vllm.engine.protocol import StreamingInput
 
-    [params] = {request.params["max_tokens"]: SamplingParams(**request.params) for request in requests}.values()
+    params = SamplingParams(**requests[0].params)
     prompts = await rendered(server, [dict(request.prompt) for request in requests])
 
     async def inputs() -> AsyncIterator[StreamingInput]:
