@@ -62,9 +62,10 @@ def _serving(
         command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--gpu-memory-utilization", "0.15"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        # A process group, to end them all, and not a session: Linux schedules sessions against each other
+        # (sched_autogroup), and vLLM's processes, which spin with sched_yield, kept a client in another session from
+        # running for as long as they had work.
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=0)
     try:
         yield process
     finally:
