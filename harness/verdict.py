@@ -52,11 +52,9 @@ class Gate:
 
 @dataclass(frozen=True)
 class Ratio:
-    """An estimate with its interval at CONFIDENCE.
+    """An estimate with its interval at CONFIDENCE; infinite bounds where there are too few samples for one.
 
     Attributes:
-        low: minus infinity where there are too few samples for an interval.
-        high: infinity too then, and where a sample stalled that may hide any ratio.
         samples: how many it is from.
         unit: what they are, "rounds" of one start of the engines, or "starts".
     """
@@ -84,18 +82,16 @@ class Verdict(enum.StrEnum):
 @dataclass(frozen=True)
 class Judgement:
     """A verdict and, where it is undecided, how many samples more (of the ratio's unit) would decide it in four of five
-    cases, if the truth is what was found so far; None where a sample stalled, which is no measure of the others."""
+    cases, if the truth is what was found so far."""
 
     verdict: Verdict
-    more: int | None = 0
+    more: int = 0
     unit: str = "rounds"
 
     def __str__(self) -> str:
-        if self.verdict is not Verdict.UNDECIDED:
-            return self.verdict.value
-        if self.more is None:
-            return f"undecided: one of the {self.unit} stalled, and hides how many more are needed"
-        return f"undecided: needs about {self.more} more {self.unit}"
+        if self.verdict is Verdict.UNDECIDED:
+            return f"undecided: needs about {self.more} more {self.unit}"
+        return self.verdict.value
 
 
 class Estimate(Protocol[T_contra]):
@@ -225,7 +221,7 @@ _FOUR_OF_FIVE = ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / stats.norm.ppf(
 
 def judge(ratio: Ratio, gate: Gate) -> Judgement:
     """Pass: the ratio reaches the goal and its interval lies above the limit. Fail: all of it lies below the goal."""
-    if ratio.samples < FEWEST or not math.isfinite(ratio.low):
+    if ratio.samples < FEWEST or not math.isfinite(ratio.high):
         return Judgement(Verdict.UNDECIDED, max(1, FEWEST - ratio.samples), ratio.unit)
     if ratio.high < gate.goal:
         return Judgement(Verdict.FAIL)
@@ -236,8 +232,6 @@ def judge(ratio: Ratio, gate: Gate) -> Judgement:
         width, room = ratio.value - ratio.low, ratio.value - gate.limit
     else:
         width, room = ratio.high - ratio.value, gate.goal - ratio.value
-    if not math.isfinite(width):
-        return Judgement(Verdict.UNDECIDED, None, ratio.unit)
     # Where it would just touch it, every second session of as many samples decides.
     needed = _FOUR_OF_FIVE * ratio.samples * (width / max(room, 1e-4)) ** 2
     return Judgement(Verdict.UNDECIDED, max(1, math.ceil(needed) - ratio.samples), ratio.unit)

@@ -67,7 +67,7 @@ def test_the_rounds_that_it_asks_for_mostly_decide(truth: float, share: float) -
         ours, theirs = paired(rng, 12, truth, noise=0.02)
         found = judge(median_ratio(ours, theirs), GATE)
         # Who happens to stand next to goal or limit is told a number that nobody will run.
-        if found.verdict is not Verdict.UNDECIDED or found.more is None or found.more > 400:
+        if found.verdict is not Verdict.UNDECIDED or found.more > 400:
             continue
         asked.append(found.more)
         more_ours, more_theirs = paired(rng, found.more, truth, noise=0.02)
@@ -130,13 +130,7 @@ def test_a_round_that_stalls_for_a_hundred_times_as_long_decides_nothing() -> No
     assert ratio.low < ratio.value < 0.01
     assert ratio.high == math.inf
     assert str(ratio).endswith(", inf] (12 rounds)")
-    assert str(judge(ratio, GATE)) == "undecided: one of the rounds stalled, and hides how many more are needed"
-
-
-def test_a_stall_without_capture_hides_nothing_of_what_is_promised() -> None:
-    """How much better capture may be is not asked."""
-    assert judge(Ratio(1.0, 0.985, math.inf, 12), GATE).verdict is Verdict.PASS
-    assert judge(Ratio(1.0, 0.96, math.inf, 12), GATE) == judge(Ratio(1.0, 0.96, 1.04, 12), GATE)
+    assert judge(ratio, GATE).verdict is Verdict.UNDECIDED
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
@@ -257,9 +251,7 @@ def test_recorded_rounds_as_noisy_as_these_decide_nothing(name: str) -> None:
     ratio = median_ratio(RECORDED["absent"], RECORDED[name])
     assert ratio.low < GATE.limit < GATE.goal < ratio.high
     assert judge(ratio, GATE).verdict is Verdict.UNDECIDED
-    more = judge(ratio, GATE).more
-    assert more is not None
-    assert more > 100
+    assert judge(ratio, GATE).more > 100
 
 
 @pytest.mark.parametrize(("slower", "verdict"), [(1.05, Verdict.UNDECIDED), (1.15, Verdict.FAIL)])
