@@ -290,14 +290,15 @@ def _latencies(timed: list[tuple[float, float | None, float, bool]]) -> Latencie
 
 async def _timed(server: Server, request: Request, due: float) -> tuple[float, float | None, float, bool]:
     await asyncio.sleep(max(0.0, due - time.perf_counter()))
-    times, tokens, found = [], [], False
+    times, num_tokens, found = [], [], False
     async for output in stream(server, request):
         [completion] = output.outputs
         times.append(time.perf_counter())
-        tokens.append(len(completion.token_ids))
+        num_tokens.append(len(completion.token_ids))
         found = found or getattr(completion, "mm_embedding", None) is not None
     # AsyncLLM merges the outputs that its consumer was late for, maybe all of them.
-    between = (times[-1] - times[0]) / (tokens[-1] - tokens[0]) if tokens[-1] > tokens[0] else None
+    later = num_tokens[-1] - num_tokens[0]
+    between = (times[-1] - times[0]) / later if later else None
     return times[0] - due, between, times[-1] - due, found
 
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -16,6 +17,8 @@ import psutil
 import pytest
 import torch
 
+from harness.capture import frontend
+from harness.capture.transport import process_start
 from harness.compare import compare
 from harness.engine import Completion, Engine, EngineError, Interface, Request
 from harness.engine_process import Server, generate, rendered, stream
@@ -40,7 +43,8 @@ async def collect(server: Server, request: Request, kind: str, slow: bool) -> li
     async for output in stream(server, request):
         completion = output.outputs[0]
         outputs.append((len(completion.token_ids), completion.finished(), completion.mm_embedding))
-        while slow and server.engine.output_processor.has_unfinished_requests():  # noqa: ASYNC110 - there is no event
+        while slow and server.engine.output_processor.has_unfinished_requests():
+            assert not server.engine.errored, "the engine core ended: its requests never will"
             await asyncio.sleep(0.01)
     return outputs
 
@@ -142,8 +146,12 @@ async def abort_many(server: Server, requests: list[Request], seed: int) -> Coun
 
 
 async def stats_when_all_is_taken(server: Server) -> dict[str, int]:
-    """Of the engine core, when the frontend has taken what it was sent."""
+    """Of the engine core, when the frontend has taken what it was sent, and has read it."""
     await capture_stats(server)  # the answer follows all that was sent, on the same socket
+    readers = frontend._readers()
+    barrier = threading.Barrier(readers._max_workers)  # which all threads reach when they have read the others
+    waiting = [readers.submit(barrier.wait) for _ in range(readers._max_workers)]
+    await asyncio.gather(*map(asyncio.wrap_future, waiting))
     return await capture_stats(server)
 
 
@@ -154,7 +162,7 @@ def test_aborts_leave_nothing(subject: Subject, engine: Engine, record_property:
     stats = engine.call(stats_when_all_is_taken)
     record_property("aborted", dict(states))
     for moment in ("before the first output", "streaming"):
-        assert states[moment] > 50, f"few requests were aborted {moment}: the condition did not happen ({states})"
+        assert states[moment] > 25, f"few requests were aborted {moment}: the condition did not happen ({states})"
     assert stats["captured"] > 0
     left = {name: stats[name] for name in ("admitted", "requests", "leases", "items", "held_bytes")}
     assert not any(left.values()), f"still held after the aborts: {left}"
@@ -218,6 +226,12 @@ def engine_core_pid(server: Server) -> int:
     return int(process.pid)
 
 
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended in 5 s; a zombie has."""
+    _gone, left = psutil.wait_procs(processes, timeout=5)
+    return [process for process in left if process_start(process.pid) is not None]
+
+
 async def kill_while_streaming(server: Server, request: Request, pid: int) -> None:
     for _ in range(10):  # until the frontend knows, which takes seconds with a GPU, another engine may go on
         async for output in stream(server, request):
@@ -235,6 +249,4 @@ def test_a_killed_engine_core_leaves_nothing(subject: Subject, engine: Engine) -
         engine.call(kill_while_streaming, request, engine.call(engine_core_pid))
     engine.shutdown()
     # The memory has no name (memfd): with the last process it is gone.
-    _gone, alive = psutil.wait_procs(tree, timeout=5)
-    left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-    assert not left, f"processes outlived the engine: {left}"
+    assert not (left := alive(tree)), f"processes outlived the engine: {left}"

@@ -115,13 +115,16 @@ def ratios(
     was 0.59 to 2.18, and that of a round's 99th percentile, which is of the same requests each time, 0.92 to 1.13. That
     one does not see what happens in less than half of the rounds.
 
+    A round in which an arm has no sample, because all of its requests had one output, is left out.
+
     Args:
         rounds: of each round, which start of the engines ran it.
         starts: how often they were to start.
         absent: seconds of each request of each round without the plugin.
         ours: with it.
 
-    A round in which an arm has no sample, because all of its requests had one output, is left out.
+    Raises:
+        ValueError: no round is left.
     """
     kept = [index for index, pair in enumerate(zip(absent, ours, strict=True)) if all(pair)]
     rounds = [rounds[index] for index in kept]

@@ -26,7 +26,12 @@ WIDTH, NUM_ROWS = 8, 5
 
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> SchedulerCapture:
-    capture = SchedulerCapture(CaptureSettings(True, 1 << 20, 1 << 20, reuse=True), WIDTH, 0, "bfloat16")
+    return capture_of(monkeypatch)
+
+
+def capture_of(monkeypatch: pytest.MonkeyPatch, *, num_levels: int = 0, reuse: bool = True) -> SchedulerCapture:
+    """What the next connector captures with."""
+    capture = SchedulerCapture(CaptureSettings(True, 1 << 20, 1 << 20, reuse=reuse), WIDTH, num_levels, "bfloat16")
     monkeypatch.setattr(SchedulerCapture, "of", lambda _config: capture)
     return capture
 
@@ -226,14 +231,8 @@ def test_an_item_is_copied_in_the_first_step_that_has_rows_of_it(capture: Schedu
     mask = torch.tensor([False, False, True, False, False, True])
     asked = request_of("first", {"a": PlaceholderRange(1, 5), "b": PlaceholderRange(8, 6, mask)})
     steps = []
-    for num_tokens in (
-        1,
-        4,
-        5,
-        1,
-        1,
-        2,
-    ):  # of 14: before a, most of a, its end and b's begin, a row of b, none, the other
+    # Of 14: before a, most of a, its end and b's begin, a row of b, none, the other.
+    for num_tokens in (1, 4, 5, 1, 1, 2):
         assert made.ensure_cache_available(asked, asked.num_computed_tokens)
         plan = made.build_connector_meta(step(first=num_tokens))
         steps.append([item.identifier for item, _block in plan.copies] if isinstance(plan, StepPlan) else [])
@@ -280,8 +279,7 @@ def test_what_has_no_levels_beside_others_that_have_is_encoded_again(
     monkeypatch: pytest.MonkeyPatch, num_levels: int, modality: str, loaded: bool
 ) -> None:
     """It is kept with zeros in their place, which its encoder did not give."""
-    capture = SchedulerCapture(CaptureSettings(True, 1 << 20, 1 << 20, reuse=True), WIDTH, num_levels, "bfloat16")
-    monkeypatch.setattr(SchedulerCapture, "of", lambda _config: capture)
+    capture_of(monkeypatch, num_levels=num_levels)
     made = connector(ECConnectorRole.SCHEDULER)
     first, again = request("first"), request("again")
     for each in (first, again):
@@ -297,8 +295,7 @@ def test_what_has_no_levels_beside_others_that_have_is_encoded_again(
 def test_a_request_is_settled_until_it_ends_once_its_items_are_copied(
     monkeypatch: pytest.MonkeyPatch, reuse: bool
 ) -> None:
-    capture = SchedulerCapture(CaptureSettings(True, 1 << 20, 1 << 20, reuse=reuse), WIDTH, 0, "bfloat16")
-    monkeypatch.setattr(SchedulerCapture, "of", lambda _config: capture)
+    capture = capture_of(monkeypatch, reuse=reuse)
     made = connector(ECConnectorRole.SCHEDULER)
     names = ["first", "hit", "not captured", "aborted"]
     first, hit, uncaptured, aborted = (request(name) for name in names)

@@ -32,7 +32,7 @@ HOLDS = {
 def holding(what: str) -> Iterator[int]:
     """Process id of one that holds SIZE bytes so."""
     program = f"import mmap, os, time; SIZE = {SIZE}; {HOLDS[what]}"
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     below = tree(process.pid)[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def make_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worke
         Group.rank_in_group = context_parallel_rank
         monkeypatch.setattr("harness.capture.worker.get_tensor_model_parallel_rank", lambda: tensor_parallel_rank)
         monkeypatch.setattr("harness.capture.worker.get_pcp_group", Group)
+        monkeypatch.setattr("harness.capture.worker.current_platform", SimpleNamespace(device_type="cpu"))
         made.append(WorkerCapture())
         return made[-1]
 

@@ -139,7 +139,9 @@ class Arena:
         retain_seconds: float = 30.0,
     ) -> None:
         if capacity_bytes <= 0 or segment_bytes <= 0 or lease_seconds <= 0 or retain_seconds < 0:
-            raise ValueError("capacity_bytes, segment_bytes and lease_seconds must be positive")
+            raise ValueError(
+                "capacity_bytes, segment_bytes and lease_seconds must be positive, and retain_seconds not negative"
+            )
         self.capacity_bytes = capacity_bytes
         self._segment_bytes = round_up(segment_bytes, mmap.PAGESIZE)
         self._lease_seconds = lease_seconds

@@ -384,8 +384,8 @@ PATCHES = (
         "RequestOutputCollector.get",
         ("self",),
         _take,
-        "AsyncLLM makes its outputs in the event loop, which all requests share. Here a caller waits alone for the "
-        "copy of its embeddings, and an error reaches no other caller.",
+        "AsyncLLM makes its outputs in the event loop, which all requests share. Here a caller waits for the copy of "
+        "its embeddings beside it, and an error reaches no other caller.",
         _REMOVE_WHEN,
     ),
     Patch(

@@ -230,6 +230,23 @@ def sent_embeddings_not_discarded() -> None:
     _replace(reader, "discard", lambda _original: lambda _handle: None)
 
 
+def session_accepted() -> None:
+    """A streaming-input session is captured like a request that has all of its items."""
+    from harness.capture.scheduler import SchedulerCapture
+
+    def accepting(original: Any) -> Any:
+        def start(self: Any, request: Any) -> Any:
+            request.resumable, resumable = False, request.resumable
+            try:
+                return original(self, request)
+            finally:
+                request.resumable = resumable
+
+        return start
+
+    _replace(SchedulerCapture, "_start", accepting)
+
+
 def prefill_not_forced() -> None:
     """A prefix-cache hit is taken although it covers an item that was not captured."""
     from harness.capture.scheduler import SchedulerCapture
@@ -393,6 +410,30 @@ def http_opt_in_ignored() -> None:
     from harness.capture import http
 
     http._is_asked = lambda request: True
+
+
+def _http_fields(change: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> None:
+    from harness.capture import http
+
+    def changed(original: Any) -> Any:
+        return lambda completion: change(completion, original(completion))
+
+    _replace(http, "_fields", changed)
+
+
+def http_levels_missing() -> None:
+    """Responses have no deepstack levels."""
+    _http_fields(lambda _completion, fields: {"mm_embedding": fields["mm_embedding"]})
+
+
+def http_first_choice_alone() -> None:
+    """The first choice has the field, the others do not."""
+    _http_fields(lambda completion, fields: fields if completion.index == 0 else {})
+
+
+def http_null_missing() -> None:
+    """A chat without media has no field."""
+    _http_fields(lambda completion, fields: fields if completion.mm_embedding is not None else {})
 
 
 def http_field_missing() -> None:
