@@ -14,7 +14,7 @@ from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorLogging
 
 from harness.capture import frontend, metrics
 from harness.capture.connector import transfer_config
-from harness.capture.metrics import COUNTERS, GAUGES, Poll
+from harness.capture.metrics import COUNTERS, GAUGES, Changes, Poll
 from harness.capture.reader import discard
 from harness.capture.scheduler import SchedulerCapture
 from harness.capture.settings import CONNECTOR, CaptureSettings
@@ -150,6 +150,19 @@ def test_the_abort_of_the_last_request_is_told_by_the_next_step(
     clock.now += 0.01
     capture.request_finished("a")
     assert data_of(poll) == {"admitted": 0}
+
+
+def test_changes_add_up_to_the_last_value_of_a_gauge_and_the_sum_of_a_counter() -> None:
+    first, then = (
+        Changes({"held_bytes": 5000, "leases": 1, "captured": 2}),
+        Changes({"held_bytes": 3000, "captured": 1}),
+    )
+    together = first.aggregate(then)
+    assert together.data == {"held_bytes": 3000, "leases": 1, "captured": 3}
+    assert (first.data["captured"], then.data["captured"]) == (2, 1)
+    together.reset()
+    assert together.is_empty()
+    assert Changes.for_log(None).is_empty()
 
 
 @pytest.fixture
