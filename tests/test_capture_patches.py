@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ def test_the_installed_vllm_has_each_target_as_pinned(patch: Patch) -> None:
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module with a function, that notes when its code ran to the end."""
+    """A module with a function, that changes its own spec and notes when its code ran to the end."""
     name = "patched_module"
     (tmp_path / f"{name}.py").write_text(
-        "class Owner:\n    def method(self, value):\n        return value\nDONE = True\n"
+        "__spec__.loader_state = None\nclass Owner:\n    def method(self, value):\n        return value\nDONE = True\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, name, raising=False)
@@ -70,8 +71,10 @@ def test_callbacks_run_after_the_import_and_all_of_them(module: str) -> None:
     for _ in range(2):
         when_imported(module, lambda: seen.append(sys.modules[module].__dict__.get("DONE", False)))
     assert seen == []
-    importlib.import_module(module)
+    spec = importlib.import_module(module).__spec__
     assert seen == [True, True]
+    assert type(spec) is ModuleSpec, "the module's spec is still watched"
+    assert not spec._initializing, "the import has no end for the threads that wait for it"  # type: ignore[attr-defined]
     when_imported(module, lambda: seen.append(True))
     assert seen == [True, True, True]
 
@@ -99,6 +102,12 @@ def test_an_unsupported_version_is_refused(version: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("vllm.version.__version__", version)
     with pytest.raises(UnsupportedVLLMError, match=f"found {version}: install one of them"):
         vllm_version()
+
+
+@pytest.mark.parametrize("version", ["0.32", "0.32.1", "0.33.0", "0.33.0.dev1+cpu"])
+def test_a_supported_version(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.version.__version__", version)
+    assert vllm_version() == version
 
 
 def test_capture_imports_nothing_else_of_the_harness() -> None:
