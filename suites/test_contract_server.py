@@ -97,8 +97,14 @@ def server(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def client(server: tuple[subprocess.Popen[bytes], str]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0) as api:
+    with _client(server[1]) as api:
         yield api
+
+
+def _client(address: str) -> openai.OpenAI:
+    """One connection a request: the server closes one that was idle for 5 s, maybe while a request is on its way."""
+    headers = {"Connection": "close"}
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, default_headers=headers)
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
@@ -277,7 +283,7 @@ def test_an_engine_in_another_container(subject: Subject, tmp_path: Path) -> Non
         api = ["--host", "127.0.0.1", "--port", port, "--data-parallel-size-local", "0"]
         process = stack.enter_context(_serving(subject, log, *shared, *api))
         address = f"http://127.0.0.1:{port}"
-        client = stack.enter_context(openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0))
+        client = stack.enter_context(_client(address))
         _wait_until_healthy(process, address, log)
         rows = decode(ask(client, max_completion_tokens=1, **ASKED).choices[0].mm_embedding)
     assert "Embeddings go through the sockets" in engine_log.read_text()
