@@ -736,6 +736,40 @@ def test_the_writer_of_an_idle_engine_unmaps_too(arena: Arena, device: str, monk
     assert mappings() == before
 
 
+def test_the_writer_looks_again_after_it_had_nothing_to_look_for(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.capture.writer._LOOK_SECONDS", 0.01)
+    gc.collect()
+    before = mappings()
+    with closing(Writer(arena.address)) as writer:
+        for _ in range(2):
+            block = allocate(arena, 8 * PAGE)
+            writer.write(block, torch.ones(block.nbytes, dtype=torch.uint8))
+            assert mappings() == before + 1
+            arena.free(block)
+            arena.trim()
+            deadline = time.monotonic() + 10
+            while writer._looker is not None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert mappings() == before
+
+
+def test_a_look_ends_before_the_writer_does(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.capture.writer._LOOK_SECONDS", 0.001)
+    looking, ended = threading.Event(), threading.Event()
+
+    def look(writer: Writer) -> None:
+        looking.set()
+        writer._closed.wait(10)
+        time.sleep(0.1)
+        ended.set()
+
+    monkeypatch.setattr(Writer, "drop_gone", look)
+    with closing(Writer(arena.address)) as writer:
+        writer.write(allocate(arena, 0), torch.empty(0))
+        assert looking.wait(10)
+    assert ended.is_set()
+
+
 def test_nothing_is_unmapped_under_a_copy(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.capture.writer._LOOK_SECONDS", 0.001)
     copying, finish = threading.Event(), threading.Event()
