@@ -187,6 +187,8 @@ def _is_affine(ours: Tensor, theirs: Tensor) -> bool:
         ours, theirs = (value.movedim(-3, 0) for value in (ours, theirs))
     else:
         ours, theirs = ours[None], theirs[None]
+    if ours[0].numel() < 3:
+        return False  # a line goes through any two points
     for mine, other in zip(ours.flatten(1), theirs.flatten(1), strict=True):
         basis = torch.stack([other, torch.ones_like(other)], dim=1)
         fit = basis @ torch.linalg.lstsq(basis, mine[:, None]).solution
