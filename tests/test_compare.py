@@ -261,6 +261,37 @@ def test_many_items_are_numbered() -> None:
 # Properties.
 
 
+def test_the_first_blocks_of_rows_are_named_and_the_others_counted() -> None:
+    text = explain(EXPECTED.flip(0), "row order")  # of an even number of rows none stays in its place
+    assert text.count("equals the expected row") == 8
+    assert "and so on in 22 more blocks of rows" in text
+    nine = torch.cat([EXPECTED[:9].flip(0), EXPECTED[9:]])  # the fifth of nine rows stays: eight do not
+    assert "and so on" not in explain(nine, "row order")
+
+
+def test_rows_of_nothing_are_no_blocks() -> None:
+    text = explain(embedding(20, seed=9), "row count")
+    assert "equal no expected row" not in text
+    some = torch.cat([EXPECTED[:10], embedding(5, seed=9)])
+    assert "5 rows of the embedding equal no expected row" in explain(some, "row count")
+
+
+def test_what_an_explanation_has_beside_its_sentences() -> None:
+    """The tolerance where it decided, and a table where rows can be compared in their places."""
+    agree = compare(EXPECTED, EXPECTED, tolerance=FLOAT32, items=SPANS).explain()
+    values, order = explain(EXPECTED + 1, "values"), explain(EXPECTED.flip(0), "row order")
+    missing, cut = explain(None, "presence"), explain(EXPECTED[:, :32], "shape")
+    assert [f"tolerance: {FLOAT32.origin}" in text for text in (agree, values, order, missing, cut)] == [
+        *(True, True, True, False, False)
+    ]
+    assert ["cosine" in text for text in (values, order, missing)] == [True, False, False]
+
+
+def test_known_rows_of_another_width_or_none_are_left_out() -> None:
+    known = {"of none": EXPECTED[:0], "narrower": EXPECTED[:, :32], "another": embedding(30, seed=9)}
+    assert "another" in explain(known["another"], "row order", known=known)
+
+
 @st.composite
 def prompts(draw: st.DrawFn) -> tuple[torch.Tensor, list[Span], list[int]]:
     """An embedding, its items, and another order of the items."""

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from harness import load, matrix
 from harness.engine import Arm, EngineSpec, Interface, Request
@@ -72,10 +73,16 @@ def test_every_second_request_may_be_of_text_only() -> None:
 
 
 def test_a_video_has_frames() -> None:
-    [item, *_] = media(dataclasses.replace(TINY, frames=4), 0)
+    filmed = dataclasses.replace(TINY, frames=4)
+    assert (filmed.modality, TINY.modality) == ("video", "image")
+    [item, *_] = media(filmed, 0)
     assert (item.modality, item.num_frames, item.width, item.height) == ("video", 4, 32, 32)
     [item, *_] = media(TINY, 0)
     assert (item.modality, item.width, item.height) == ("image", 32, 32)
+
+
+def test_workloads_share_no_media() -> None:
+    assert not {*media(TINY, 0)} & {*media(dataclasses.replace(TINY, name="another"), 0)}
 
 
 @pytest.mark.parametrize("workload", [*WORKLOADS, load.ALONE], ids=str)
@@ -150,6 +157,51 @@ def test_what_a_round_copies_is_what_the_engine_counted_since_it_was_prepared(
         assert asyncio.run(load.run(server)).captured_bytes == copied
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_round_counts_what_it_generated(monkeypatch: pytest.MonkeyPatch, keep: bool) -> None:
+    def completion(tokens: int, rows: torch.Tensor | None) -> SimpleNamespace:
+        return SimpleNamespace(token_ids=[0] * tokens, mm_embedding=rows)
+
+    several = [completion(3, torch.zeros(5, 4)), completion(2, torch.zeros(1, 4))]
+    answers = [SimpleNamespace(outputs=several), SimpleNamespace(outputs=[completion(1, None)])]
+
+    async def outputs(_server: Server, _requests: list[Request]) -> list[Any]:
+        return answers
+
+    monkeypatch.setattr(load, "final_outputs", outputs)
+    server = Server(EngineSpec("model", Arm.ABSENT), mock.MagicMock())
+    sample = asyncio.run(load.run(server, keep))
+    assert dataclasses.replace(sample, seconds=0.0) == load.Sample(0.0, 2, 6, 2, 6, 96, 0)
+    assert load.prepared(server).outputs == (answers if keep else [])
+    load.drop(server)
+    assert load.prepared(server) == load.Prepared()
+
+
+def test_media_are_made_once_where_the_next_round_asks_the_same() -> None:
+    server = Server(EngineSpec("model", Arm.ABSENT), mock.MagicMock())
+    for again in (True, False):
+        made = []
+        for number in (1, 2):
+            workload = dataclasses.replace(TINY, again=again)
+            asyncio.run(load.prepare(server, matrix.load_all()["qwen3_vl"], workload, number))
+            made.append(load.prepared(server).prompts)
+        assert (made[0] is made[1]) == again
+
+
+@pytest.mark.parametrize("processed", [True, False])
+def test_what_is_processed_is_forgotten_by_all_but_the_processor(processed: bool) -> None:
+    llm = mock.MagicMock()
+    server = Server(EngineSpec("model", Arm.ABSENT), llm)
+    workload = dataclasses.replace(TINY, requests=0, processed=processed)
+    spec = matrix.load_all()["qwen3_vl"]
+    asyncio.run(load.prepare(server, spec, workload, 0))
+    assert llm.llm_engine.reset_encoder_cache.called == llm.llm_engine.reset_prefix_cache.called == processed
+    llm.llm_engine.reset_prefix_cache.return_value = False
+    if processed:
+        with pytest.raises(RuntimeError, match="a round is not over"):
+            asyncio.run(load.prepare(server, spec, workload, 1))
+
+
 def test_an_engine_does_not_stay_asleep_where_a_request_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = mock.MagicMock()
     llm.enqueue.side_effect = ValueError("too long")
@@ -186,6 +238,22 @@ def test_async_llm_begins_what_is_processed_when_it_has_all_requests(
     sample = run(monkeypatch, engine, Interface.ASYNC_LLM, load.PROCESSED)
     assert calls == ["sleep", "taken in", "taken in", "wake_up"]
     assert sample.seconds == 2, "the time of what comes before the engine counts"
+
+
+def test_async_llm_does_not_wait_for_requests_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(**_options: Any) -> None:
+        pass
+
+    async def outputs(_server: Server, _requests: list[Request]) -> list[Any]:
+        raise ValueError("too long")
+
+    engine = mock.MagicMock(sleep=mock.Mock(wraps=nothing), wake_up=mock.Mock(wraps=nothing))
+    engine.output_processor.get_num_unfinished_requests.return_value = 0
+    monkeypatch.setattr(load, "final_outputs", outputs)
+    server = Server(EngineSpec("model", Arm.ABSENT, Interface.ASYNC_LLM), engine)
+    with pytest.raises(ValueError, match="too long"):
+        asyncio.run(asyncio.wait_for(load._once_all_wait(server, [Request({})]), 30))
+    engine.wake_up.assert_called_once()
 
 
 @pytest.mark.parametrize("interface", [Interface.LLM, Interface.ASYNC_LLM])
@@ -269,6 +337,22 @@ def test_one_at_a_time_no_request_waits_for_another(monkeypatch: pytest.MonkeyPa
 
     found = one_at_a_time(monkeypatch, stream)
     assert found == load.Latencies([6.0] * 3, [3.0] * 3, [12.0] * 3, with_embedding=3)
+
+
+def test_requests_are_sent_when_they_are_due(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
+    async def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr(load, "asyncio", SimpleNamespace(sleep=sleep, gather=asyncio.gather))
+    monkeypatch.setattr(load, "stream", lambda _server, _request: answer(clock, 1.0, 4))
+    server = Server(EngineSpec("model", interface=Interface.ASYNC_LLM), mock.MagicMock())
+    load.prepared(server).requests = [Request({}) for _ in range(8)]
+    now, begin, expected = clock.now, clock.now + 0.05, []
+    for due in (begin + seconds for seconds in load.arrivals(8, 0.5, 7)):
+        now = max(now, due) + 1.0  # nothing here lets another request begin meanwhile
+        expected.append(now - due)
+    assert max(expected) > 1.0, "none came while another one was answered"
+    assert asyncio.run(load.arrive(server, 0.5, 7)).first_token == pytest.approx(expected)
 
 
 def test_the_time_between_tokens_is_that_after_the_first_output(
