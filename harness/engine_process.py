@@ -183,8 +183,9 @@ def run(connection: Connection[Any, Any], log: Path, environment: Mapping[str, s
         log: file that gets everything printed here and below.
         environment: replaces this process's own, which may be that of the server it was forked from.
     """
-    # So that the parent can end vLLM's processes too. Not a session of their own, as with `vllm serve` in
-    # suites/test_contract_server.py: they would keep the parent from running.
+    # A process group, so that the parent can end vLLM's processes too, and not a session: Linux schedules sessions
+    # against each other (sched_autogroup), and vLLM's processes, which spin with sched_yield, keep a client in another
+    # session from running for as long as they have work.
     os.setpgrp()
     with log.open("ab") as output:
         os.dup2(output.fileno(), 1)

@@ -67,9 +67,7 @@ def _serving(
     path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     with log.open("wb") as output:
-        # A process group, to end them all, and not a session: Linux schedules sessions against each other
-        # (sched_autogroup), and vLLM's processes, which spin with sched_yield, kept a client in another session from
-        # running for as long as they had work.
+        # A process group and not a session, as in engine_process.run: the client waited until all was answered.
         process = subprocess.Popen(
             command,
             env=environment,

@@ -153,10 +153,8 @@ def test_the_abort_of_the_last_request_is_told_by_the_next_step(
 
 
 def test_changes_add_up_to_the_last_value_of_a_gauge_and_the_sum_of_a_counter() -> None:
-    first, then = (
-        Changes({"held_bytes": 5000, "leases": 1, "captured": 2}),
-        Changes({"held_bytes": 3000, "captured": 1}),
-    )
+    first = Changes({"held_bytes": 5000, "leases": 1, "captured": 2})
+    then = Changes({"held_bytes": 3000, "captured": 1})
     together = first.aggregate(then)
     assert together.data == {"held_bytes": 3000, "leases": 1, "captured": 3}
     assert (first.data["captured"], then.data["captured"]) == (2, 1)

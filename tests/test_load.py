@@ -164,11 +164,7 @@ def test_a_round_counts_what_it_generated(monkeypatch: pytest.MonkeyPatch, keep:
 
     several = [completion(3, torch.zeros(5, 4)), completion(2, torch.zeros(1, 4))]
     answers = [SimpleNamespace(outputs=several), SimpleNamespace(outputs=[completion(1, None)])]
-
-    async def outputs(_server: Server, _requests: list[Request]) -> list[Any]:
-        return answers
-
-    monkeypatch.setattr(load, "final_outputs", outputs)
+    monkeypatch.setattr(load, "final_outputs", mock.AsyncMock(return_value=answers))
     server = Server(EngineSpec("model", Arm.ABSENT), mock.MagicMock())
     sample = asyncio.run(load.run(server, keep))
     assert dataclasses.replace(sample, seconds=0.0) == load.Sample(0.0, 2, 6, 2, 6, 96, 0)
@@ -241,15 +237,9 @@ def test_async_llm_begins_what_is_processed_when_it_has_all_requests(
 
 
 def test_async_llm_does_not_wait_for_requests_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def nothing(**_options: Any) -> None:
-        pass
-
-    async def outputs(_server: Server, _requests: list[Request]) -> list[Any]:
-        raise ValueError("too long")
-
-    engine = mock.MagicMock(sleep=mock.Mock(wraps=nothing), wake_up=mock.Mock(wraps=nothing))
+    engine = mock.MagicMock(sleep=mock.AsyncMock(), wake_up=mock.AsyncMock())
     engine.output_processor.get_num_unfinished_requests.return_value = 0
-    monkeypatch.setattr(load, "final_outputs", outputs)
+    monkeypatch.setattr(load, "final_outputs", mock.AsyncMock(side_effect=ValueError("too long")))
     server = Server(EngineSpec("model", Arm.ABSENT, Interface.ASYNC_LLM), engine)
     with pytest.raises(ValueError, match="too long"):
         asyncio.run(asyncio.wait_for(load._once_all_wait(server, [Request({})]), 30))

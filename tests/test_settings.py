@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ def config_of(**multimodal: Any) -> Any:
     options = {option.name: option.default for option in OPTIONS}
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            model="model",
+            model="org/name",
             is_encoder_decoder=False,
             runner_type="generate",
             multimodal_config=SimpleNamespace(language_model_only=False, **{**options, **multimodal}),
@@ -69,30 +70,25 @@ def test_pruned_videos_are_captured_where_nothing_is_loaded_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("name", "value", "reason"),
     [
-        ({"model_config": None}, "the model is a text-only model"),
-        ({"model_config.multimodal_config": None}, "model is a text-only model"),
-        ({"model_config.is_encoder_decoder": True}, "encoder-decoder"),
-        ({"model_config.runner_type": "pooling"}, "runner is 'pooling'"),
-        ({"model_config.multimodal_config.language_model_only": True}, "language_model_only"),
-        ({"ec_transfer_config": SimpleNamespace(ec_connector="Another")}, "connector of its own (Another)"),
-        ({"kv_transfer_config": SimpleNamespace(kv_role="kv_consumer")}, "kv_role='kv_consumer'"),
-        ({"kv_transfer_config": SimpleNamespace(kv_role="kv_both")}, "kv_role='kv_both'"),
-        ({"parallel_config.nnodes": 2}, "nnodes is 2"),
-        ({"parallel_config.distributed_executor_backend": "ray"}, "'ray'; use 'mp'"),
+        ("model_config", None, "the model is a text-only model"),
+        ("model_config.multimodal_config", None, "org/name is a text-only model"),
+        ("model_config.is_encoder_decoder", True, "encoder-decoder"),
+        ("model_config.runner_type", "pooling", "runner is 'pooling'"),
+        ("model_config.multimodal_config.language_model_only", True, "language_model_only"),
+        ("ec_transfer_config", SimpleNamespace(ec_connector="Another"), "connector of its own (Another)"),
+        ("kv_transfer_config", SimpleNamespace(kv_role="kv_consumer"), "kv_role='kv_consumer'"),
+        ("kv_transfer_config", SimpleNamespace(kv_role="kv_both"), "kv_role='kv_both'"),
+        ("parallel_config.nnodes", 2, "nnodes is 2"),
+        ("parallel_config.distributed_executor_backend", "ray", "'ray'; use 'mp'"),
     ],
-    ids=str,
 )
-def test_what_cannot_capture(change: dict[str, Any], reason: str) -> None:
+def test_what_cannot_capture(name: str, value: Any, reason: str) -> None:
     config = config_of(**ON)
     assert cannot_capture(config) is None
-    [(name, value)] = change.items()
-    *path, attribute = name.split(".")
-    owner = config
-    for part in path:
-        owner = getattr(owner, part)
-    setattr(owner, attribute, value)
+    owner, _, attribute = name.rpartition(".")
+    setattr(operator.attrgetter(owner)(config) if owner else config, attribute, value)
     found = cannot_capture(config)
     assert found is not None
     assert reason in found
@@ -102,17 +98,17 @@ def test_what_cannot_capture(change: dict[str, Any], reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("name", "value"),
     [
-        {"ec_transfer_config": SimpleNamespace(ec_connector=CONNECTOR)},
-        {"ec_transfer_config": SimpleNamespace(ec_connector=None)},
-        {"kv_transfer_config": SimpleNamespace(kv_role="kv_producer")},
+        ("ec_transfer_config", SimpleNamespace(ec_connector=CONNECTOR)),
+        ("ec_transfer_config", SimpleNamespace(ec_connector=None)),
+        ("kv_transfer_config", SimpleNamespace(kv_role="kv_producer")),
     ],
     ids=["its own connector", "no connector", "producer of prompts"],
 )
-def test_what_can(change: dict[str, Any]) -> None:
+def test_what_can(name: str, value: Any) -> None:
     config = config_of(**ON)
-    vars(config).update(change)
+    setattr(config, name, value)
     assert cannot_capture(config) is None
 
 
