@@ -130,9 +130,11 @@ def test_an_engine_begins_what_is_processed_when_it_has_all_requests(
 
     llm = mock.MagicMock()
     llm.enqueue.side_effect = lambda *_args, **_options: take(8)
+    llm.llm_engine.is_sleeping.side_effect = lambda: take(4)
     llm.wait_for_completion.side_effect = lambda **_options: take(2)
     sample = run(monkeypatch, llm, Interface.LLM, workload)
-    assert [name for name, *_ in llm.mock_calls] == ["sleep", "enqueue", "wake_up", "wait_for_completion"]
+    in_turn = ["sleep", "enqueue", "llm_engine.is_sleeping", "wake_up", "wait_for_completion"]
+    assert [name for name, *_ in llm.mock_calls] == in_turn
     assert sample.seconds == 2, "the time of what comes before the engine counts"
 
 
@@ -214,6 +216,8 @@ def test_async_llm_begins_what_is_processed_when_it_has_all_requests(
 
     async def called(name: str) -> None:
         calls.append(name)
+        if name == "is_sleeping":
+            clock.now += 4
         if name == "wake_up":
             awake.set()
 
@@ -228,16 +232,17 @@ def test_async_llm_begins_what_is_processed_when_it_has_all_requests(
 
     engine = mock.MagicMock()
     engine.sleep.side_effect = lambda **_options: called("sleep")
+    engine.is_sleeping.side_effect = lambda: called("is_sleeping")
     engine.wake_up.side_effect = lambda **_options: called("wake_up")
     engine.output_processor.get_num_unfinished_requests.side_effect = lambda: calls.count("taken in")
     monkeypatch.setattr(load, "final_outputs", outputs)
     sample = run(monkeypatch, engine, Interface.ASYNC_LLM, load.PROCESSED)
-    assert calls == ["sleep", "taken in", "taken in", "wake_up"]
+    assert calls == ["sleep", "taken in", "taken in", "is_sleeping", "wake_up"]
     assert sample.seconds == 2, "the time of what comes before the engine counts"
 
 
 def test_async_llm_does_not_wait_for_requests_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = mock.MagicMock(sleep=mock.AsyncMock(), wake_up=mock.AsyncMock())
+    engine = mock.MagicMock(sleep=mock.AsyncMock(), is_sleeping=mock.AsyncMock(), wake_up=mock.AsyncMock())
     engine.output_processor.get_num_unfinished_requests.return_value = 0
     monkeypatch.setattr(load, "final_outputs", mock.AsyncMock(side_effect=ValueError("too long")))
     server = Server(EngineSpec("model", Arm.ABSENT, Interface.ASYNC_LLM), engine)
