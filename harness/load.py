@@ -237,7 +237,7 @@ async def _once_all_wait(server: Server, requests: list[Request]) -> tuple[list[
     """The outputs, and the seconds from the moment that the engine has all requests and may begin.
 
     It has them when it answers, since what it is sent arrives in order. Else their way through the sockets counts too:
-    10 to 50 ms where requests bring their pixels (data-parallel engines), much the same as long as an engine lives.
+    3 to 58 ms where requests bring their pixels (data-parallel engines), most of it set by how an engine started.
     """
     engine, schedule = server.engine, ["scheduling"]
     asleep = engine.sleep(level=0, mode="keep")  # requests are taken in and wait
